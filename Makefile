@@ -1,0 +1,60 @@
+# Needs Python 3.11 or later and make; everything else goes into .venv.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+WORKERS ?= 2
+
+.PHONY: help demo test lint format slow bench examples docs lock clean
+
+help:
+	@echo "make demo      train LeNet-5 on MNIST digits and compress it (a few minutes)"
+	@echo "make test      the tests (under 20 minutes on two cores)"
+	@echo "make lint      ruff and mypy"
+	@echo "make slow      the long tests"
+	@echo "make examples  the three examples"
+	@echo "make bench     the benchmarks"
+	@echo "make docs      build the documentation into site/"
+
+$(READY): requirements.lock pyproject.toml
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or later is needed: make PYTHON=python3.11")'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --requirement requirements.lock
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --editable .
+	@touch $@
+
+demo: $(READY)
+	$(BIN)/dwindle demo --out demo-out --force
+
+test: $(READY)
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile -m "not slow"
+
+slow: $(READY)
+	$(BIN)/python -m pytest -m slow
+
+lint: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(READY)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+examples: $(READY)
+	$(BIN)/python examples/prune_mnist.py
+	$(BIN)/python examples/distill_mnist.py
+	$(BIN)/python examples/quantize_mnist.py
+
+bench: $(READY)
+	$(BIN)/python benchmarks/step_time.py
+
+docs: $(READY)
+	$(BIN)/mkdocs build --strict
+
+lock:
+	$(BIN)/python -m pip install --quiet uv
+	$(BIN)/uv pip compile pyproject.toml --all-extras --universal --python-version 3.11 --prerelease if-necessary --generate-hashes --no-header --output-file requirements.lock
+
+clean:
+	rm -rf $(VENV) site demo-out dwindle-out .pytest_cache .mypy_cache .ruff_cache

@@ -1,0 +1,84 @@
+"""dwindle makes trained neural networks small and fast, and proves it on the very file that ships.
+
+The names below are imported when they are first used; ``import dwindle`` alone imports no framework.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+# Every public name and the module that has it.
+_NAMES: dict[str, str] = {
+    "Artefact": "dwindle.exporting",
+    "ConfigError": "dwindle.errors",
+    "Constant": "dwindle.pruning",
+    "ConversionError": "dwindle.errors",
+    "Data": "dwindle.data",
+    "DataError": "dwindle.errors",
+    "DwindleError": "dwindle.errors",
+    "Goals": "dwindle.compressing.goals",
+    "Measurement": "dwindle.measuring",
+    "MissingDependencyError": "dwindle.errors",
+    "Plan": "dwindle.compressing.plans",
+    "PolynomialDecay": "dwindle.pruning",
+    "Result": "dwindle.compressing",
+    "Scheme": "dwindle.quantization.schemes",
+    "UnsupportedModelError": "dwindle.errors",
+    "VerificationError": "dwindle.errors",
+    "compress": "dwindle.compressing",
+    "distill": "dwindle.distillation",
+    "export": "dwindle.exporting",
+    "finalize": "dwindle.finalizing",
+    "inspect_file": "dwindle.measuring",
+    "inspect_model": "dwindle.measuring",
+    "lift": "dwindle.lifting",
+    "load": "dwindle.loading",
+    "load_demo_data": "dwindle.data",
+    "measure": "dwindle.measuring",
+    "prune": "dwindle.pruning",
+    "quantize": "dwindle.quantization",
+    "read_data": "dwindle.data",
+    "shrink": "dwindle.shrinking",
+}
+
+__all__ = ["__version__", *sorted(_NAMES)]
+
+if TYPE_CHECKING:
+    from dwindle.compressing import Result, compress
+    from dwindle.compressing.goals import Goals
+    from dwindle.compressing.plans import Plan
+    from dwindle.data import Data, load_demo_data, read_data
+    from dwindle.distillation import distill
+    from dwindle.errors import (
+        ConfigError,
+        ConversionError,
+        DataError,
+        DwindleError,
+        MissingDependencyError,
+        UnsupportedModelError,
+        VerificationError,
+    )
+    from dwindle.exporting import Artefact, export
+    from dwindle.finalizing import finalize
+    from dwindle.lifting import lift
+    from dwindle.loading import load
+    from dwindle.measuring import Measurement, inspect_file, inspect_model, measure
+    from dwindle.pruning import Constant, PolynomialDecay, prune
+    from dwindle.quantization import quantize
+    from dwindle.quantization.schemes import Scheme
+    from dwindle.shrinking import shrink
+
+
+def __getattr__(name: str) -> Any:
+    if name in _NAMES:
+        value = getattr(importlib.import_module(_NAMES[name]), name)
+        globals()[name] = value
+        return value
+    raise AttributeError(f"module 'dwindle' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return list(__all__)

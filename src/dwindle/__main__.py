@@ -1,0 +1,7 @@
+"""``python -m dwindle``: the command."""
+
+import sys
+
+from dwindle.cli import main
+
+sys.exit(main())

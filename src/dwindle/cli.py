@@ -1,0 +1,327 @@
+"""The command ``dwindle``: one thin function a subcommand, over the same functions that the library offers."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shlex
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from dwindle import __version__
+from dwindle.errors import DataError, DwindleError
+
+MET, BAD_INPUT, NOT_MET, INTERRUPTED = 0, 2, 3, 130
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command; return the exit status.
+
+    0: done, goals met. 2: bad input, one line says what. 3: finished, but the goals are not met. 130: interrupted.
+    """
+    parser = _parser()
+    options = parser.parse_args(arguments)
+    _quiet_frameworks()
+    command: Callable[[argparse.Namespace], int] = options.run
+    try:
+        return command(options)
+    except DwindleError as error:
+        print(f"dwindle: {' '.join(str(error).split())}", file=sys.stderr)
+        return BAD_INPUT
+    except OSError as error:
+        where = f"`{error.filename}`: " if error.filename else ""
+        print(f"dwindle: {where}{error.strerror or error}", file=sys.stderr)
+        return BAD_INPUT
+    except KeyboardInterrupt:
+        print("dwindle: interrupted", file=sys.stderr)
+        return INTERRUPTED
+
+
+def _quiet_frameworks() -> None:
+    """Keep TensorFlow's start-up lines off the screen; what the user set stays."""
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+    os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
+    os.environ.setdefault("CUDA_VISIBLE_DEVICES", os.environ.get("CUDA_VISIBLE_DEVICES", "-1"))
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="dwindle",
+        description="Make a trained neural network small and fast, and prove it on the file that ships.",
+        epilog="Exit status: 0 done and goals met, 2 bad input, 3 goals not met, 130 interrupted (--resume goes on).",
+    )
+    parser.add_argument("--version", action="version", version=f"dwindle {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    _add_compress(commands)
+    _add_convert(commands)
+    _add_measure(commands)
+    _add_inspect(commands)
+    _add_demo(commands)
+    return parser
+
+
+def _add_compress(commands: Any) -> None:
+    sub = commands.add_parser("compress", help="find the smallest file that meets goals")
+    sub.set_defaults(run=_compress)
+    sub.add_argument("model", metavar="MODEL", help=".keras, .h5, .tflite or a SavedModel folder")
+    _data_options(sub, required=True)
+    sub.add_argument("--max-drop", metavar="DROP", help="largest loss of the metric, such as 0.5%% or 0.005")
+    sub.add_argument("--max-size", metavar="SIZE", help="largest file, such as 45KB (1 KB = 1000 bytes)")
+    sub.add_argument("--max-latency", metavar="TIME", help="largest median latency, such as 2ms, or 0.5x of the original's")
+    sub.add_argument("--max-ram", metavar="SIZE", help="largest RAM while it runs, such as 64KB")
+    sub.add_argument("--target", choices=["litert"], default="litert", help="what the file runs on (default litert)")
+    sub.add_argument("--metric", default="accuracy", help="accuracy or another Keras metric (default accuracy)")
+    sub.add_argument("--epochs", type=int, default=12, help="epochs of a student's training (default 12)")
+    sub.add_argument("--plan", metavar="FILE", help="run the plan in this YAML file instead of the search")
+    sub.add_argument("--dry-run", action="store_true", help="check everything and say what would be tried")
+    _run_options(sub, "dwindle-out")
+
+
+def _run_options(sub: argparse.ArgumentParser, out: str) -> None:
+    sub.add_argument("--out", metavar="DIR", default=out, help=f"folder for the results (default {out})")
+    sub.add_argument("--resume", action="store_true", help="go on with the run in the folder")
+    sub.add_argument("--force", action="store_true", help="write over the run in the folder")
+    sub.add_argument("--seed", type=int, default=0, help="fixes the result on one machine (default 0)")
+    sub.add_argument("--threads", type=int, default=1, help="threads of the latency measurement (default 1)")
+    sub.add_argument("--json", action="store_true", help="print report.json to standard output")
+    sub.add_argument("--trust", action="store_true", help="let code in the model file run (Lambda layers)")
+
+
+def _data_options(sub: argparse.ArgumentParser, *, required: bool) -> None:
+    sub.add_argument(
+        "--data", metavar="DATA", required=required,
+        help=".npz with x_train, y_train (x_val, y_val, x_test, y_test), a folder of images, or module:function",
+    )  # fmt: skip
+    sub.add_argument("--rescale", metavar="FACTOR", default="1", help="multiply the inputs, such as 1/255 (default 1)")
+
+
+def _add_convert(commands: Any) -> None:
+    sub = commands.add_parser("convert", help="write a model as a verified .tflite")
+    sub.set_defaults(run=_convert)
+    sub.add_argument("model", metavar="MODEL", help=".keras, .h5, .tflite or a SavedModel folder")
+    sub.add_argument("out", metavar="OUT", help="the .tflite (or .keras) to write")
+    sub.add_argument("--scheme", help="float32, float16, int8 or int8-dynamic (default float32)")
+    _data_options(sub, required=False)
+    sub.add_argument("--io-type", choices=["float32", "int8"], default="float32", help="inputs and outputs of an int8 file")
+    sub.add_argument("--force", action="store_true", help="write over OUT if it exists")
+    sub.add_argument("--json", action="store_true", help="print the result as JSON")
+    sub.add_argument("--trust", action="store_true", help="let code in the model file run (Lambda layers)")
+
+
+def _add_measure(commands: Any) -> None:
+    sub = commands.add_parser("measure", help="measure accuracy, bytes, latency and RAM of a .tflite")
+    sub.set_defaults(run=_measure)
+    sub.add_argument("file", metavar="FILE", help="a .tflite file")
+    _data_options(sub, required=False)
+    sub.add_argument("--metric", default="accuracy", help="accuracy or another Keras metric (default accuracy)")
+    sub.add_argument("--threads", type=int, default=1, help="threads of the interpreter (default 1)")
+    sub.add_argument("--json", action="store_true", help="print the result as JSON")
+
+
+def _add_inspect(commands: Any) -> None:
+    sub = commands.add_parser("inspect", help="show the operators or layers of a file")
+    sub.set_defaults(run=_inspect)
+    sub.add_argument("file", metavar="FILE", help="a .tflite, .keras or .h5 file")
+    sub.add_argument("--json", action="store_true", help="print the table as JSON")
+    sub.add_argument("--trust", action="store_true", help="let code in the model file run (Lambda layers)")
+
+
+def _add_demo(commands: Any) -> None:
+    sub = commands.add_parser("demo", help="train LeNet-5 on MNIST digits and compress it, in a few minutes")
+    sub.set_defaults(run=_demo)
+    sub.add_argument("--epochs", type=int, default=None, help="epochs of the original's training")
+    _run_options(sub, "demo-out")
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
+def _factor(text: str) -> float:
+    from dwindle.errors import ConfigError
+
+    try:
+        top, _, bottom = text.partition("/")
+        value = float(top) / (float(bottom) if bottom else 1.0)
+    except (ValueError, ZeroDivisionError):
+        raise ConfigError(f"`--rescale` is {text!r}; it must be a number such as 1/255 or 0.0039") from None
+    return value
+
+
+def _compress(options: argparse.Namespace) -> int:
+    from dwindle.compressing.goals import Goals
+    from dwindle.compressing.plans import read_plan
+    from dwindle.compressing.store import check_out_folder
+
+    goals = Goals(
+        max_drop=options.max_drop, max_size=options.max_size, max_latency=options.max_latency, max_ram=options.max_ram
+    )
+    check_out_folder(options.out, resume=options.resume, force=options.force)
+    plan = read_plan(options.plan) if options.plan else None
+    factor = _factor(options.rescale)
+    from dwindle.data import read_data
+    from dwindle.loading import load
+
+    _check_exists(options.model)
+    data = read_data(options.data, rescale=factor, seed=options.seed)
+    model = load(options.model, trust=options.trust)
+    if options.dry_run:
+        return _dry_run(model, goals, plan, options)
+    from dwindle.compressing import compress
+
+    result = compress(
+        model, goals=goals, out=options.out, data=data, metric=options.metric, epochs=options.epochs,
+        seed=options.seed, threads=options.threads, plan=plan, resume=options.resume, force=options.force, say=_say,
+        source=str(options.model), command=_command_line(),
+    )  # fmt: skip
+    return _show(result, options)
+
+
+def _check_exists(path: str) -> None:
+    from dwindle.errors import ConfigError
+
+    if not Path(path).exists():
+        raise ConfigError(f"`{path}` does not exist; pass a model file or a SavedModel folder")
+
+
+def _dry_run(model: Any, goals: Any, plan: Any, options: argparse.Namespace) -> int:
+    from dwindle.compressing import candidates
+
+    plans = [plan] if plan else [
+        *candidates.after_training(False), *candidates.same_size(options.epochs),
+        *(candidates.student(w, options.epochs) for w in candidates.student_widths(model, goals, _say)),
+    ]  # fmt: skip
+    for number, each in enumerate(plans, start=1):
+        print(f"[{number}] {each.name}: {'; '.join(each.words())}")
+    return MET
+
+
+def _command_line() -> str:
+    return shlex.join(["dwindle", *sys.argv[1:]])
+
+
+def _show(result: Any, options: argparse.Namespace) -> int:
+    from dwindle.reporting import terminal_summary
+
+    if options.json:
+        print(json.dumps(dict(result.report), indent=2))
+    else:
+        terminal_summary(result.report)
+        print(f"report: {Path(options.out) / 'report.html'}")
+    if result.interrupted:
+        return INTERRUPTED
+    return MET if result.met else NOT_MET
+
+
+def _convert(options: argparse.Namespace) -> int:
+    from dwindle.errors import ConfigError
+    from dwindle.files import check_output_file, save_keras
+
+    out = check_output_file(options.out, suffixes=(".tflite", ".keras"))
+    if out.exists() and not options.force:
+        raise ConfigError(f"`{out}` exists; write over it with --force, or name another file")
+    factor = _factor(options.rescale)
+    from dwindle.quantization.schemes import resolve_scheme
+
+    if options.scheme is not None:
+        resolve_scheme(options.scheme, "--scheme")
+    from dwindle.loading import load
+
+    model = load(options.model, trust=options.trust)
+    if out.suffix.lower() == ".keras":
+        if options.scheme not in (None, "float32"):
+            raise ConfigError(f"`--scheme` is {options.scheme}, and a .keras file is float; name a .tflite")
+        print(f"{save_keras(model, out)}: {out.stat().st_size:,} bytes")
+        return MET
+    from dwindle.exporting import export
+
+    data = _fitted(options, model, factor)
+    artefact = export(model, out, scheme=options.scheme, data=data, io_type=options.io_type)
+    found = artefact.verification
+    if options.json:
+        told = {"file": str(artefact.path), "scheme": artefact.scheme, "size_bytes": artefact.size_bytes,
+                "sha256": artefact.sha256, "verification": found.to_dict(), "notes": artefact.notes}  # fmt: skip
+        print(json.dumps(told, indent=2))
+        return MET
+    print(f"{artefact.path}: {artefact.size_bytes:,} bytes, {artefact.scheme}")
+    print(
+        f"verified on {found.samples} samples against {found.reference}: {found.within:.2%} within the bound "
+        f"({found.bound}), largest difference {found.max_abs_error:.3g}"
+    )
+    for note in artefact.notes:
+        print(f"note: {note}")
+    return MET
+
+
+def _fitted(options: argparse.Namespace, model: Any, factor: float) -> Any:
+    if options.data is None:
+        return None
+    import keras
+
+    from dwindle.data import fit_to_model, read_data
+
+    shapes = [tuple(tensor.shape[1:]) for tensor in model.inputs]
+    dtypes = [keras.backend.standardize_dtype(tensor.dtype) for tensor in model.inputs]
+    units = model.outputs[0].shape[-1] if len(model.outputs) == 1 and len(model.outputs[0].shape) == 2 else None
+    return fit_to_model(read_data(options.data, rescale=factor), shapes, units, input_dtypes=dtypes)
+
+
+def _measure(options: argparse.Namespace) -> int:
+    from dwindle.data import read_data
+    from dwindle.measuring import measure
+    from dwindle.reporting import format_bytes
+
+    if options.threads < 1:
+        raise DataError(f"`--threads` is {options.threads}; it must be at least 1")
+    data = None if options.data is None else read_data(options.data, rescale=_factor(options.rescale))
+    found = measure(options.file, data, metric=options.metric, threads=options.threads)
+    if options.json:
+        print(json.dumps(found.to_dict(), indent=2))
+        return MET
+    if found.accuracy is not None:
+        print(f"{found.metric:12} {found.accuracy:.4f} on {found.samples:,} samples")
+    print(f"{'size':12} {format_bytes(found.size_bytes)} ({found.size_bytes:,} bytes)")
+    latency = found.latency
+    print(f"{'latency':12} p50 {latency.p50_ms:.4g} ms, p90 {latency.p90_ms:.4g} ms ({latency.threads} thread(s))")
+    print(f"{'RAM':12} {format_bytes(found.ram_bytes)} ({found.ram_source})")
+    print(f"{'sha256':12} {found.sha256}")
+    return MET
+
+
+def _inspect(options: argparse.Namespace) -> int:
+    from dwindle.measuring import inspect_file, inspect_model
+    from dwindle.reporting import print_inspection
+
+    _check_exists(options.file)
+    if Path(options.file).suffix.lower() == ".tflite":
+        found = inspect_file(options.file)
+    else:
+        from dwindle.loading import load
+
+        found = inspect_model(load(options.file, trust=options.trust))
+    if options.json:
+        print(json.dumps(found.to_dict(), indent=2))
+    else:
+        told = found.to_dict()
+        print_inspection(told["rows"], {key: value for key, value in told.items() if key != "rows"})
+    return MET
+
+
+def _demo(options: argparse.Namespace) -> int:
+    from dwindle.compressing.store import check_out_folder
+
+    check_out_folder(options.out, resume=options.resume, force=options.force)
+    from dwindle.demo import run_demo
+
+    result = run_demo(
+        out=options.out, epochs=options.epochs, seed=options.seed, threads=options.threads, resume=options.resume,
+        force=options.force, say=_say, command=_command_line(),
+    )  # fmt: skip
+    return _show(result, options)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

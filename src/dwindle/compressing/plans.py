@@ -1,0 +1,121 @@
+"""Plans: the ordered steps that make one candidate file; plain data that a person can read and edit."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from dwindle.errors import ConfigError, did_you_mean
+from dwindle.quantization.schemes import SCHEMES
+
+# Each step and the options that it takes, with their defaults. `dwindle.compressing.steps` does them.
+STEP_OPTIONS: dict[str, dict[str, Any]] = {
+    "shrink": {"width": 0.5},
+    "prune": {"sparsity": 0.8},
+    "quantize": {"scheme": "int8"},
+    "train": {"epochs": 1, "learning_rate": 1e-3, "temperature": 4.0, "alpha": 0.5},
+    "export": {"scheme": "int8"},
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """A named list of steps.
+
+    Args:
+        name: What it is, in words.
+        steps: ``(step, options)`` pairs, the last one ``export``.
+
+    Raises:
+        ConfigError: For an unknown step or option, or a list that does not end in ``export``.
+    """
+
+    name: str
+    steps: tuple[tuple[str, Mapping[str, Any]], ...]
+
+    def __post_init__(self) -> None:
+        """Check every step and fill defaults in."""
+        if not self.steps or self.steps[-1][0] != "export":
+            raise ConfigError(f"plan `{self.name}` must end in the step `export`")
+        filled = []
+        for step, options in self.steps:
+            if step not in STEP_OPTIONS:
+                raise ConfigError(
+                    f"plan `{self.name}` has step `{step}`; known are {', '.join(STEP_OPTIONS)}"
+                    f"{did_you_mean(step, STEP_OPTIONS)}"
+                )
+            known = STEP_OPTIONS[step]
+            for key in options:
+                if key not in known:
+                    raise ConfigError(
+                        f"step `{step}` of plan `{self.name}` has option `{key}`; known are {', '.join(known)}"
+                        f"{did_you_mean(key, known)}"
+                    )
+            scheme = options.get("scheme")
+            if scheme is not None and scheme not in SCHEMES:
+                raise ConfigError(
+                    f"step `{step}` of plan `{self.name}` has scheme {scheme!r}; known are {', '.join(SCHEMES)}"
+                    f"{did_you_mean(scheme, SCHEMES)}"
+                )
+            filled.append((step, {**known, **options}))
+        object.__setattr__(self, "steps", tuple(filled))
+
+    @property
+    def trains(self) -> bool:
+        """Whether a step needs training data."""
+        return any(step == "train" for step, _ in self.steps)
+
+    def words(self) -> list[str]:
+        """Return each step in words."""
+        return [f"{step} " + " ".join(f"{k}={_short(v)}" for k, v in options.items()) for step, options in self.steps]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain data; `from_dict` makes an equal plan."""
+        return {"version": 1, "name": self.name, "steps": [{step: dict(options)} for step, options in self.steps]}
+
+    @classmethod
+    def from_dict(cls, data: Any) -> Plan:
+        """Make a plan from `to_dict`'s result, as read from YAML.
+
+        Raises:
+            ConfigError: If it has another form.
+        """
+        if not isinstance(data, Mapping) or not isinstance(data.get("steps"), list):
+            raise ConfigError("a plan must be a mapping with `name` and a list of `steps`")
+        if data.get("version", 1) != 1:
+            raise ConfigError(f"the plan has version {data['version']!r}; this dwindle reads version 1")
+        steps = []
+        for entry in data["steps"]:
+            if not isinstance(entry, Mapping) or len(entry) != 1:
+                raise ConfigError(f"a step must be one name with its options, such as `export: {{scheme: int8}}`; found {entry!r}")
+            step, options = next(iter(entry.items()))
+            if options is not None and not isinstance(options, Mapping):
+                raise ConfigError(f"the options of step `{step}` are {options!r}; they must be a mapping")
+            steps.append((str(step), dict(options or {})))
+        return cls(name=str(data.get("name", "plan")), steps=tuple(steps))
+
+    def to_yaml(self) -> str:
+        """Return the plan as YAML text."""
+        import yaml
+
+        return yaml.safe_dump(self.to_dict(), sort_keys=False, default_flow_style=None)
+
+
+def read_plan(path: str | Path) -> Plan:
+    """Read a plan from a YAML file.
+
+    Raises:
+        ConfigError: If it can't be read, or is no plan.
+    """
+    import yaml
+
+    try:
+        return Plan.from_dict(yaml.safe_load(Path(path).read_text(encoding="utf8")))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ConfigError(f"plan `{path}` can't be read: {' '.join(str(error).split())[:200]}") from None
+
+
+def _short(value: Any) -> str:
+    return f"{value:g}" if isinstance(value, float) else str(value)

@@ -1,0 +1,202 @@
+"""Export: a Keras model becomes a file that a device runs, and the file is proved to predict the same."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import keras
+import numpy as np
+
+from dwindle.errors import ConfigError, UnsupportedModelError, check_choice
+from dwindle.exporting.convert import float_file, random_input
+from dwindle.exporting.verify import BOUNDS, Bound, Verification, compare, require
+from dwindle.files import check_output_file, write_bytes
+from dwindle.lifting.flatbuffer import read_graph
+from dwindle.quantization import (
+    IO_TYPES,
+    Scheme,
+    calibrate,
+    calibration_samples,
+    resolve_scheme,
+    simulate,
+    write_quantized,
+)
+
+__all__ = ["Artefact", "Verification", "export", "float_file"]
+
+RANDOM_SAMPLES = 64
+
+
+@dataclass(frozen=True, kw_only=True)
+class Artefact:
+    """A verified file.
+
+    Attributes:
+        path: Where it is.
+        scheme: Its scheme.
+        size_bytes: Its size.
+        sha256: Its hash, hexadecimal.
+        verification: How it was compared with the model, and what was found.
+        notes: What the user should know, such as operators that stay float.
+    """
+
+    path: Path
+    scheme: str
+    size_bytes: int
+    sha256: str
+    verification: Verification
+    notes: tuple[str, ...] = ()
+
+
+def export(
+    model: keras.Model,
+    path: str | Path,
+    scheme: str | Scheme | None = None,
+    data: Any = None,
+    *,
+    io_type: str = "float32",
+    verify_samples: int = 512,
+) -> Artefact:
+    """Write a model as a ``.tflite`` file, run the file, and compare it with the model.
+
+    Bounds: float32, every output within 1e-4 of the largest output; float16, within 1e-2; ``int8``, 99% of outputs
+    within one output quantum of the simulation (the same rounding in Keras); ``int8-dynamic``, 99% within 5e-2 of
+    the largest output of the model with rounded weights.
+
+    Args:
+        model: Any built Keras model; techniques are baked in. A model from `quantize` is written with its trained
+            weights and ranges.
+        path: Where to write; ends in ``.tflite``. An existing file is replaced once the new one is verified.
+        scheme: ``"float32"``, ``"float16"``, ``"int8"`` or ``"int8-dynamic"``. None: what `quantize` was called
+            with, else ``"float32"``.
+        data: Samples for calibration (``int8``) and verification: array, list of arrays, `Data`, or what
+            `dwindle.data.read_data` reads. Without it, verification runs on seeded random inputs.
+        io_type: ``"float32"`` or ``"int8"``: what an int8 file takes and gives.
+        verify_samples: At most this many samples are compared.
+
+    Returns:
+        The verified file.
+
+    Raises:
+        ConfigError: For an unknown scheme or a path that is no ``.tflite``.
+        DataError: If the scheme needs data and there is none, or it does not fit.
+        ConversionError: If the model can't be converted, or the file not be written.
+        VerificationError: If the file misses the bound; nothing is written.
+    """
+    path = check_output_file(path, suffixes=(".tflite",))
+    check_choice("io_type", io_type, IO_TYPES)
+    trained = getattr(model, "quantization", None)
+    chosen = _chosen_scheme(scheme, trained)
+    if io_type != "float32" and not chosen.needs_data:
+        raise ConfigError(f"`io_type` is {io_type!r}, but a file of scheme `{chosen.name}` has float inputs; leave it out")
+    content, notes = float_file(model), []
+    if data is None and not (chosen.needs_data and not trained):
+        samples = tuple(random_input(t.shape[1:], t.dtype, RANDOM_SAMPLES) for t in read_graph(content).inputs)
+    else:
+        samples = calibration_samples(model, data, limit=max(verify_samples, 512))
+    inputs = [np.asarray(array[:verify_samples]) for array in samples]
+    written, twin, bound, reference = content, model, BOUNDS["float32"], "the Keras model"
+    if chosen.weights == 16:
+        written, bound = write_quantized(content, chosen, None), BOUNDS["float16"]
+    elif not chosen.is_float:
+        ranges = _ranges(trained, chosen, content, samples)
+        written = write_quantized(content, chosen, ranges, io_type=io_type)
+        twin, bound, reference = _reference(model, content, chosen, ranges, trained, notes)
+        notes += _float_operators(written)
+    verification = check(written, twin, inputs, bound, reference)
+    require(verification, content, written, inputs)
+    write_bytes(path, written)
+    return Artefact(
+        path=path, scheme=chosen.name, size_bytes=len(written), sha256=hashlib.sha256(written).hexdigest(),
+        verification=verification, notes=tuple(notes),
+    )  # fmt: skip
+
+
+def _chosen_scheme(scheme: str | Scheme | None, trained: dict[str, Any] | None) -> Scheme:
+    if scheme is None:
+        return Scheme.from_dict(trained["scheme"]) if trained else resolve_scheme("float32")
+    chosen = resolve_scheme(scheme)
+    if trained and chosen.name != trained["scheme"]["name"]:
+        raise ConfigError(
+            f"`scheme` is `{chosen.name}`, but the model was made by dw.quantize for `{trained['scheme']['name']}`; "
+            "leave `scheme` out, or export dw.finalize(model)"
+        )
+    return chosen
+
+
+def _ranges(
+    trained: dict[str, Any] | None, scheme: Scheme, content: bytes, samples: tuple[np.ndarray, ...]
+) -> dict[str, tuple[float, float]] | None:
+    if not scheme.needs_data:
+        return None
+    if trained:
+        return {name: (float(low), float(high)) for name, (low, high) in trained["ranges"].items()}
+    return calibrate(content, samples)
+
+
+def _reference(
+    model: Any, content: bytes, scheme: Scheme, ranges: Any, trained: Any, notes: list[str]
+) -> tuple[Any, Bound, str]:
+    """Return the model that the quantized file must agree with, and how well."""
+    bound = BOUNDS["dynamic" if scheme.dynamic else "static"]
+    if trained:
+        return model, bound, "the model in quantized training"
+    try:
+        return simulate(content, scheme, ranges, name=model.name), bound, "the simulation of the quantized file"
+    except UnsupportedModelError as error:
+        notes.append(f"compared with the float model instead of a simulation: {error}")
+        return model, BOUNDS["unlifted"], "the float Keras model"
+
+
+def _float_operators(content: bytes) -> list[str]:
+    """Say which operators with weights stayed float."""
+    kept = [
+        f"{operation.name} `{operation.outputs[0].name}`"
+        for operation in read_graph(content).operations
+        for tensor in operation.inputs[1:2]
+        if tensor is not None and tensor.value is not None and tensor.dtype == np.float32 and tensor.value.size > 1
+    ]
+    return [f"stays float32: {name}" for name in kept]
+
+
+def check(content: bytes, model: Any, inputs: list[np.ndarray], bound: Bound, reference: str) -> Verification:
+    """Run a file and a model on the same samples and compare them.
+
+    Args:
+        content: The file.
+        model: What it is compared with; called with ``predict``.
+        inputs: One array per input, shape ``(n, ...)``.
+        bound: What is accepted.
+        reference: What ``model`` is, in words.
+    """
+    from dwindle.measuring.litert import LiteRTRunner
+
+    runner = LiteRTRunner(content)
+    found = runner.predict(inputs)
+    expected = predict(model, inputs)
+    return compare(expected, found, bound, reference=reference, quanta=_quanta(content))
+
+
+def predict(model: Any, inputs: list[np.ndarray], *, batch_size: int = 256) -> list[np.ndarray]:
+    """Return a Keras model's outputs as a flat list of arrays."""
+    if isinstance(getattr(model, "input", None), dict):
+        feed: Any = keras.tree.pack_sequence_as(model.input, list(inputs))
+    else:
+        feed = inputs[0] if len(inputs) == 1 else list(inputs)
+    return list(keras.tree.flatten(model.predict(feed, batch_size=batch_size, verbose=0)))
+
+
+def _quanta(content: bytes) -> list[float | None]:
+    """Return the step of each output of a file: its own scale, or that of the integers it is made from."""
+    graph = read_graph(content)
+    makers = {tensor.index: operation for operation in graph.operations for tensor in operation.outputs}
+    steps: list[float | None] = []
+    for tensor in graph.outputs:
+        maker = makers.get(tensor.index)
+        if not tensor.is_quantized and maker is not None and maker.name == "DEQUANTIZE" and maker.inputs[0] is not None:
+            tensor = maker.inputs[0]
+        steps.append(float(tensor.scale.reshape(-1)[0]) if tensor.is_quantized and tensor.scale is not None else None)
+    return steps

@@ -1,0 +1,160 @@
+"""A Keras model becomes a float LiteRT file. The one place where TensorFlow is imported."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import os
+import sys
+import tempfile
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import keras
+import numpy as np
+
+from dwindle.errors import ConfigError, ConversionError
+from dwindle.lifting.flatbuffer import read_graph, resizable
+
+
+def float_file(model: keras.Model) -> bytes:
+    """Return the float32 LiteRT file of a model, its techniques baked in.
+
+    The file takes float samples one by one or, where the graph allows it, in batches. A lifted model gives its
+    own file back, with its weights in it. No Flex operator is used.
+
+    Raises:
+        ConfigError: If ``model`` is no built Keras model.
+        ConversionError: If the converter fails; its reason is passed on.
+    """
+    if not isinstance(model, keras.Model):
+        raise ConfigError(f"`model` is a {type(model).__name__}; it must be a keras.Model (dw.load makes one)")
+    if hasattr(model, "to_float_file"):
+        content: bytes = model.to_float_file()
+        return content
+    if not model.built:
+        raise ConfigError(f"`model` ({model.name}) is not built: call it once on data, or model.build(input_shape)")
+    from dwindle.weights import attached, strip
+
+    content = _convert(strip(model) if attached(model) else model)
+    freed = resizable(content)
+    return freed if _same_in_batches(content, freed) else content
+
+
+def _convert(model: keras.Model) -> bytes:
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    import tensorflow as tf
+
+    specs = [
+        tf.TensorSpec([1, *tensor.shape[1:]], keras.backend.standardize_dtype(tensor.dtype), name=_safe(tensor.name))
+        for tensor in _input_tensors(model)
+    ]
+    structure = getattr(model, "_inputs_struct", None) if not isinstance(model, keras.Sequential) else None
+
+    def serve(*values: Any) -> Any:
+        if structure is None:
+            packed: Any = values[0] if len(values) == 1 else list(values)
+        else:
+            packed = keras.tree.pack_sequence_as(structure, list(values))
+        return model(packed, training=False)
+
+    module = tf.Module()
+    module.serve = tf.function(serve, input_signature=specs)
+    module.variables_kept = [variable.value for variable in model.variables]
+    with tempfile.TemporaryDirectory() as folder, _quiet():
+        try:
+            tf.saved_model.save(
+                module, folder, signatures={"serving_default": module.serve.get_concrete_function()}
+            )
+            return _convert_folder(tf, folder)
+        except Exception as error:
+            raise ConversionError(f"`{model.name}` can't be converted to LiteRT: {_reason(error)}") from error
+
+
+def saved_model_file(folder: Path) -> bytes:
+    """Return the float32 LiteRT file of a SavedModel's ``serving_default`` signature.
+
+    Raises:
+        ConversionError: If it has no such signature, or the converter fails.
+    """
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    with _quiet():
+        import tensorflow as tf
+
+        try:
+            content = _convert_folder(tf, str(folder))
+        except Exception as error:
+            raise ConversionError(f"`{folder}` can't be converted to LiteRT: {_reason(error)}") from error
+    return content
+
+
+def _convert_folder(tf: Any, folder: str) -> bytes:
+    converter = tf.lite.TFLiteConverter.from_saved_model(folder)
+    converter.target_spec.supported_ops = [tf.lite.OpsSet.TFLITE_BUILTINS]
+    return bytes(converter.convert())
+
+
+def _input_tensors(model: keras.Model) -> list[Any]:
+    inputs = getattr(model, "inputs", None)
+    if inputs:
+        return list(inputs)
+    raise ConversionError(
+        f"`{model.name}` is a subclassed model whose input shapes are not known; call it once on a batch of data, "
+        "or wrap it: keras.Model(x, model(x)) with x = keras.Input(shape)"
+    )
+
+
+def _safe(name: str) -> str:
+    return "".join(letter if letter.isalnum() or letter == "_" else "_" for letter in name)
+
+
+def _reason(error: Exception) -> str:
+    """Return the line of a converter's message that says what is wrong."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    telling = [line for line in lines if "error:" in line or "Flex" in line or "Select" in line]
+    return (telling or lines or [type(error).__name__])[0][:500]
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Send what the C++ converter prints to a file that is thrown away."""
+    sys.stderr.flush()
+    sys.stdout.flush()
+    saved = os.dup(2)
+    try:
+        with tempfile.TemporaryFile() as log, warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+            os.dup2(log.fileno(), 2)
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        os.dup2(saved, 2)
+        os.close(saved)
+
+
+def _same_in_batches(content: bytes, freed: bytes) -> bool:
+    """Whether the resizable file computes for three samples at once what the other does one by one."""
+    from dwindle.measuring.litert import LiteRTRunner
+
+    inputs = [random_input(tensor.shape[1:], tensor.dtype, 3) for tensor in read_graph(content).inputs]
+    try:
+        single = LiteRTRunner(content)
+        alone = [single.run(*(array[i : i + 1] for array in inputs)) for i in range(3)]
+        together = LiteRTRunner(freed).run(*inputs)
+    except Exception:  # a graph whose batch axis can't be freed fails in many ways; it keeps batch 1
+        return False
+    for number, value in enumerate(together):
+        expected = np.concatenate([outputs[number] for outputs in alone])
+        if value.shape != expected.shape or not np.allclose(value, expected, rtol=1e-4, atol=1e-5):
+            return False
+    return True
+
+
+def random_input(shape: tuple[int | None, ...], dtype: Any, count: int, seed: int = 0) -> np.ndarray:
+    """Return seeded samples for a check: floats in [0, 1), integers 0 and 1."""
+    generator = np.random.default_rng(seed)
+    full = (count, *(1 if size is None or size < 0 else size for size in shape))
+    if np.issubdtype(dtype, np.floating):
+        return generator.random(full).astype(dtype)
+    return generator.integers(0, 2, full).astype(dtype)

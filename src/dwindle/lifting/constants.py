@@ -1,0 +1,127 @@
+"""Layers that lifting needs and Keras does not have: arithmetic with a constant, padding and slicing of any axis."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import keras
+
+
+@keras.saving.register_keras_serializable("dwindle")
+class ConstantOperand(keras.layers.Layer):
+    """Combine the input with a trainable constant: ``x + c``, ``x - c``, ``x * c``, ``x / c`` and so on.
+
+    Args:
+        kind: ``add``, ``sub``, ``mul``, ``div``, ``pow``, ``maximum``, ``minimum``, ``squared_difference``, ``prelu``.
+        shape: Shape of the constant; it broadcasts against the input.
+        constant_first: Whether the constant is the left operand.
+    """
+
+    def __init__(self, *, kind: str, shape: Sequence[int], constant_first: bool = False, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.kind = kind
+        self.shape = tuple(shape)
+        self.constant_first = constant_first
+
+    def build(self, input_shape: Any) -> None:
+        """Create the constant."""
+        del input_shape
+        self.value = self.add_weight(name="value", shape=self.shape, initializer="zeros")
+
+    def call(self, inputs: Any) -> Any:
+        """Return the combination, broadcast to the larger shape."""
+        ops = keras.ops
+        value = ops.convert_to_tensor(self.value)
+        if self.kind == "prelu":
+            return ops.maximum(inputs, 0.0) + value * ops.minimum(inputs, 0.0)
+        a, b = (value, inputs) if self.constant_first else (inputs, value)
+        functions = {
+            "add": ops.add, "sub": ops.subtract, "mul": ops.multiply, "div": ops.divide, "pow": ops.power,
+            "maximum": ops.maximum, "minimum": ops.minimum,
+        }  # fmt: skip
+        if self.kind == "squared_difference":
+            return ops.square(a - b)
+        return functions[self.kind](a, b)
+
+    def get_config(self) -> dict[str, Any]:
+        """Return what makes an equal layer."""
+        own = {"kind": self.kind, "shape": list(self.shape), "constant_first": self.constant_first}
+        return {**super().get_config(), **own}
+
+
+@keras.saving.register_keras_serializable("dwindle")
+class Pad(keras.layers.Layer):
+    """Pad every axis but the batch with a constant.
+
+    Args:
+        paddings: ``[[before, after], ...]``, one pair an axis, the batch axis first (and zero).
+        fill: The value.
+    """
+
+    def __init__(self, *, paddings: Sequence[Sequence[int]], fill: float = 0.0, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.paddings = [list(pair) for pair in paddings]
+        self.fill = fill
+
+    def call(self, inputs: Any) -> Any:
+        """Return the padded tensor."""
+        return keras.ops.pad(inputs, self.paddings, constant_values=self.fill)
+
+    def get_config(self) -> dict[str, Any]:
+        """Return what makes an equal layer."""
+        return {**super().get_config(), "paddings": self.paddings, "fill": self.fill}
+
+
+@keras.saving.register_keras_serializable("dwindle")
+class Slice(keras.layers.Layer):
+    """Cut every axis but the batch with ``[begin, end, step]``, then drop axes.
+
+    Args:
+        parts: One triple an axis after the batch, None for an open end.
+        shrink: Axes (batch counted) of which only the first kept entry stays, without the axis.
+    """
+
+    def __init__(self, *, parts: Sequence[Sequence[Any]], shrink: Sequence[int] = (), **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.parts = [list(part) for part in parts]
+        self.shrink = list(shrink)
+
+    def call(self, inputs: Any) -> Any:
+        """Return the cut tensor."""
+        index: list[Any] = [slice(None)]
+        for axis, (begin, end, step) in enumerate(self.parts, start=1):
+            index.append(begin if axis in self.shrink else slice(begin, end, step))
+        return inputs[tuple(index)]
+
+    def get_config(self) -> dict[str, Any]:
+        """Return what makes an equal layer."""
+        return {**super().get_config(), "parts": self.parts, "shrink": self.shrink}
+
+
+@keras.saving.register_keras_serializable("dwindle")
+class Gather(keras.layers.Layer):
+    """Look rows up in a trainable table, as `keras.layers.Embedding` does, for rows of any shape.
+
+    Args:
+        rows: Number of rows.
+        width: Shape of one row.
+    """
+
+    def __init__(self, *, rows: int, width: Sequence[int], **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.rows = rows
+        self.width = tuple(width)
+
+    def build(self, input_shape: Any) -> None:
+        """Create the table."""
+        del input_shape
+        self.embeddings = self.add_weight(name="embeddings", shape=(self.rows, *self.width), initializer="uniform")
+
+    def call(self, inputs: Any) -> Any:
+        """Return the rows, of shape ``(*inputs.shape, *width)``."""
+        return keras.ops.take(self.embeddings, keras.ops.cast(inputs, "int32"), axis=0)
+
+    def get_config(self) -> dict[str, Any]:
+        """Return what makes an equal layer."""
+        return {**super().get_config(), "rows": self.rows, "width": list(self.width)}

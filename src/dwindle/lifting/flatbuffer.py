@@ -1,0 +1,331 @@
+"""Reading and rewriting LiteRT files: tensors by name, operators with their options as plain data."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import flatbuffers
+import numpy as np
+from ai_edge_litert import schema_py_generated as schema
+
+from dwindle.errors import UnsupportedModelError
+
+_NAMES = {value: name for name, value in vars(schema.BuiltinOperator).items() if not name.startswith("_")}
+_DTYPES: dict[int, type[np.generic]] = {
+    schema.TensorType.FLOAT32: np.float32,
+    schema.TensorType.FLOAT16: np.float16,
+    schema.TensorType.FLOAT64: np.float64,
+    schema.TensorType.INT8: np.int8,
+    schema.TensorType.INT16: np.int16,
+    schema.TensorType.INT32: np.int32,
+    schema.TensorType.INT64: np.int64,
+    schema.TensorType.UINT8: np.uint8,
+    schema.TensorType.UINT16: np.uint16,
+    schema.TensorType.UINT32: np.uint32,
+    schema.TensorType.BOOL: np.bool_,
+}
+_PACKED_BITS = {getattr(schema.TensorType, name): bits for name, bits in (("INT4", 4), ("INT2", 2))
+                if hasattr(schema.TensorType, name)}  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tensor:
+    """One tensor of a file.
+
+    Attributes:
+        index: Its number in the subgraph.
+        name: Its name in the file.
+        shape: Sizes, the batch axis as the file has it.
+        dtype: NumPy type of a value; int8 for the packed 4 and 2 bits.
+        bits: Bits of one value as stored.
+        value: The constant, or None for an activation.
+        scale: Quantization scales (one or one per channel), or None.
+        zero_point: Quantization zero points.
+        axis: Axis that the scales run along.
+        buffer: Number of its buffer.
+    """
+
+    index: int
+    name: str
+    shape: tuple[int, ...]
+    dtype: type[np.generic]
+    bits: int
+    value: np.ndarray | None = field(repr=False)
+    scale: np.ndarray | None
+    zero_point: np.ndarray | None
+    axis: int
+    buffer: int
+
+    @property
+    def is_quantized(self) -> bool:
+        """Whether it holds integers with a scale."""
+        return self.scale is not None and self.dtype in (np.int8, np.int16, np.uint8)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Operation:
+    """One operator of a file: its name, tensors (None where an optional one is left out) and options."""
+
+    index: int
+    name: str
+    inputs: tuple[Tensor | None, ...]
+    outputs: tuple[Tensor, ...]
+    options: Mapping[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Graph:
+    """The main subgraph of a file."""
+
+    tensors: tuple[Tensor, ...]
+    operations: tuple[Operation, ...]
+    inputs: tuple[Tensor, ...]
+    outputs: tuple[Tensor, ...]
+    input_names: tuple[str, ...]
+    output_names: tuple[str, ...]
+
+
+def parse(content: bytes) -> Any:
+    """Return the file as the schema's object tree.
+
+    Raises:
+        UnsupportedModelError: If it is no LiteRT file, or a broken one.
+    """
+    if len(content) < 8 or content[4:8] != b"TFL3":
+        raise UnsupportedModelError(
+            f"the file does not begin as a LiteRT model does (`TFL3` at byte 4, found {content[4:8]!r}); "
+            "pass a .tflite file"
+        )
+    try:
+        model = schema.ModelT.InitFromObj(schema.Model.GetRootAs(content, 0))
+        if not model.subgraphs or not model.operatorCodes or not model.buffers:
+            raise ValueError("no graph in it")
+        for buffer in model.buffers:
+            # Large constants may lie behind the flatbuffer, at an offset from the start of the file.
+            if buffer.offset > 1:
+                if buffer.offset + buffer.size > len(content):
+                    raise ValueError("a constant lies outside the file")
+                buffer.data = np.frombuffer(content, np.uint8, buffer.size, buffer.offset)
+                buffer.offset = buffer.size = 0
+    except Exception as error:  # the reader fails on broken bytes in ways that it does not name
+        raise UnsupportedModelError(f"the LiteRT file is truncated or damaged ({type(error).__name__})") from None
+    return model
+
+
+def check_structure(content: bytes) -> None:
+    """Check every index and size in a file, so that the C++ interpreter never meets one that points nowhere.
+
+    Raises:
+        UnsupportedModelError: If something does.
+    """
+    model = parse(content)
+    try:
+        _check_indices(model)
+    except (ValueError, TypeError, IndexError, AttributeError) as error:
+        raise UnsupportedModelError(f"the LiteRT file is truncated or damaged ({error})") from None
+
+
+def _check_indices(model: Any) -> None:
+    def inside(values: Any, count: int, what: str, lowest: int = 0) -> None:
+        for value in _list(values):
+            if not lowest <= value < count:
+                raise ValueError(f"{what} {value} of {count}")
+
+    for graph in model.subgraphs:
+        count = len(graph.tensors or [])
+        inside(graph.inputs, count, "input tensor")
+        inside(graph.outputs, count, "output tensor")
+        for tensor in graph.tensors or []:
+            inside([tensor.buffer], len(model.buffers), "buffer")
+            shape = _list(tensor.shape)
+            if any(size < 0 for size in shape):
+                raise ValueError(f"shape {shape}")
+            data = model.buffers[tensor.buffer].data
+            stored = 0 if data is None else len(data)
+            dtype = _DTYPES.get(tensor.type)
+            if stored and dtype is not None:
+                needed = int(np.prod(shape, dtype=np.float64)) * np.dtype(dtype).itemsize
+                if tensor.sparsity is None and stored != needed:
+                    raise ValueError(f"a constant of {stored} bytes for shape {shape}")
+        for operation in graph.operators or []:
+            inside([operation.opcodeIndex], len(model.operatorCodes), "operator code")
+            inside(operation.inputs, count, "tensor", lowest=-1)
+            inside(operation.outputs, count, "tensor")
+
+
+def serialize(model: Any) -> bytes:
+    """Return the bytes of an object tree from `parse`."""
+    builder = flatbuffers.Builder(1024)
+    builder.Finish(model.Pack(builder), file_identifier=b"TFL3")
+    return bytes(builder.Output())
+
+
+def operator_name(model: Any, operation: Any) -> str:
+    """Return an operator's name, such as ``CONV_2D``, or ``CUSTOM:name``."""
+    code = model.operatorCodes[operation.opcodeIndex]
+    number = max(int(code.builtinCode or 0), int(code.deprecatedBuiltinCode or 0))
+    if number == schema.BuiltinOperator.CUSTOM:
+        return f"CUSTOM:{(code.customCode or b'').decode('utf8', 'replace')}"
+    return _NAMES.get(number, f"OPERATOR_{number}")
+
+
+def read_graph(content: bytes) -> Graph:
+    """Read a file's main subgraph into plain data.
+
+    Args:
+        content: The bytes of a ``.tflite`` file.
+
+    Raises:
+        UnsupportedModelError: If it is no LiteRT file, or a broken one.
+    """
+    model = parse(content)
+    try:
+        return _graph(model)
+    except UnsupportedModelError:
+        raise
+    except Exception as error:  # indices that point nowhere
+        raise UnsupportedModelError(f"the LiteRT file is damaged ({type(error).__name__}: {error})") from None
+
+
+def _graph(model: Any) -> Graph:
+    main = model.subgraphs[0]
+    tensors = tuple(_tensor(model, index, tensor) for index, tensor in enumerate(main.tensors))
+    operations = tuple(
+        Operation(
+            index=index,
+            name=operator_name(model, operation),
+            inputs=tuple(None if i < 0 else tensors[i] for i in _list(operation.inputs)),
+            outputs=tuple(tensors[i] for i in _list(operation.outputs)),
+            options=_options(operation),
+        )
+        for index, operation in enumerate(main.operators or [])
+    )
+    inputs = tuple(tensors[i] for i in _list(main.inputs))
+    outputs = tuple(tensors[i] for i in _list(main.outputs))
+    names: dict[str, dict[int, str]] = {"inputs": {}, "outputs": {}}
+    for signature in (model.signatureDefs or [])[:1]:
+        for kind in names:
+            for entry in getattr(signature, kind) or []:
+                names[kind][entry.tensorIndex] = entry.name.decode("utf8", "replace")
+    return Graph(
+        tensors=tensors, operations=operations, inputs=inputs, outputs=outputs,
+        input_names=tuple(names["inputs"].get(t.index, t.name) for t in inputs),
+        output_names=tuple(names["outputs"].get(t.index, t.name) for t in outputs),
+    )  # fmt: skip
+
+
+def _list(values: Any) -> list[int]:
+    return [] if values is None else [int(value) for value in values]
+
+
+def _options(operation: Any) -> dict[str, Any]:
+    options = operation.builtinOptions or getattr(operation, "builtinOptions2", None)
+    if options is None:
+        return {}
+    return {name: value for name, value in vars(options).items() if not name.startswith("_")}
+
+
+def _tensor(model: Any, index: int, tensor: Any) -> Tensor:
+    shape = tuple(_list(tensor.shape))
+    kind = tensor.type
+    bits = _PACKED_BITS.get(kind)
+    dtype = np.int8 if bits else _DTYPES.get(kind, np.void)
+    quantization = tensor.quantization
+    scale = None if quantization is None or quantization.scale is None else np.asarray(quantization.scale)
+    if scale is not None and scale.size == 0:
+        scale = None
+    zero_point = None
+    if scale is not None:
+        given = quantization.zeroPoint
+        zero_point = np.zeros(scale.shape, np.int64) if given is None else np.asarray(given)
+    return Tensor(
+        index=index,
+        name=(tensor.name or b"").decode("utf8", "replace"),
+        shape=shape,
+        dtype=dtype,
+        bits=bits or np.dtype(dtype).itemsize * 8,
+        value=_constant(model.buffers[tensor.buffer], shape, dtype, bits),
+        scale=scale,
+        zero_point=zero_point,
+        axis=int(quantization.quantizedDimension) if quantization is not None else 0,
+        buffer=int(tensor.buffer),
+    )
+
+
+def _constant(buffer: Any, shape: tuple[int, ...], dtype: type[np.generic], bits: int | None) -> np.ndarray | None:
+    if buffer is None or buffer.data is None or len(buffer.data) == 0 or dtype is np.void:
+        return None
+    raw = np.asarray(buffer.data, dtype=np.uint8)
+    size = int(np.prod(shape)) if shape else 1
+    if bits is None:
+        return raw.view(dtype)[:size].reshape(shape) if raw.size % np.dtype(dtype).itemsize == 0 else None
+    per_byte = 8 // bits
+    parts = np.stack([(raw >> (bits * i)) & (2**bits - 1) for i in range(per_byte)], axis=1).reshape(-1)[:size]
+    signed = parts.astype(np.int8)
+    signed[signed >= 2 ** (bits - 1)] -= 2**bits
+    return signed.reshape(shape)
+
+
+def replace_constants(content: bytes, values: Mapping[str, np.ndarray]) -> bytes:
+    """Return the file with the named float32 constants overwritten in place; nothing else changes.
+
+    Args:
+        content: A float ``.tflite`` file.
+        values: Tensor name to array, in the file's own shape.
+
+    Raises:
+        UnsupportedModelError: If a tensor is missing or its size differs.
+    """
+    changed = bytearray(content)
+    model = schema.Model.GetRootAs(changed, 0)
+    main = model.Subgraphs(0)
+    by_name = {}
+    for index in range(main.TensorsLength()):
+        tensor = main.Tensors(index)
+        by_name[tensor.Name().decode("utf8", "replace")] = tensor.Buffer()
+    for name, value in values.items():
+        if name not in by_name:
+            raise UnsupportedModelError(f"the float file has no tensor `{name}`")
+        buffer = model.Buffers(by_name[name])
+        if buffer.Offset() > 1:
+            place = np.frombuffer(changed, np.uint8, buffer.Size(), buffer.Offset())
+        else:
+            place = buffer.DataAsNumpy()
+        data = np.ascontiguousarray(value, dtype=np.float32).view(np.uint8).reshape(-1)
+        if place.size != data.size:
+            raise UnsupportedModelError(f"tensor `{name}` has {place.size} bytes in the float file, not {data.size}")
+        place[:] = data
+    return bytes(changed)
+
+
+def resizable(content: bytes) -> bytes:
+    """Return a file of batch 1 whose batch axis can be resized, with no operator added.
+
+    The leading 1 of every activation becomes ``-1`` in its shape signature, and so does the leading 1 of constant
+    shapes of RESHAPE operators. The caller checks that the result computes the same for several samples at once.
+    """
+    model = parse(content)
+    model = copy.deepcopy(model)
+    main = model.subgraphs[0]
+    constants = {index for index, buffer in enumerate(model.buffers) if buffer.data is not None and len(buffer.data)}
+    for tensor in main.tensors:
+        shape = _list(tensor.shape)
+        if shape and shape[0] == 1 and tensor.buffer not in constants:
+            tensor.shapeSignature = np.array([-1, *shape[1:]], dtype=np.int32)
+    shapes = set()
+    for operation in main.operators or []:
+        if operator_name(model, operation) != "RESHAPE":
+            continue
+        wanted = main.tensors[operation.inputs[1]] if len(operation.inputs) > 1 else None
+        if wanted is None or wanted.buffer not in constants:
+            continue
+        value = np.asarray(model.buffers[wanted.buffer].data, np.uint8).view(np.int32).copy()
+        if value.size and value[0] == 1 and (value > 0).all():
+            shapes.add((wanted.buffer, tuple(value)))
+    for buffer, value in shapes:
+        data = np.array([-1, *value[1:]], dtype=np.int32)
+        model.buffers[buffer].data = data.view(np.uint8)
+    return serialize(model)

@@ -1,0 +1,33 @@
+"""How constants are laid out in a LiteRT file and in Keras, both ways."""
+
+from __future__ import annotations
+
+import numpy as np
+
+
+def to_keras(value: np.ndarray, layout: str) -> np.ndarray:
+    """Return a file's constant with Keras' axes.
+
+    Args:
+        value: As in the file.
+        layout: ``plain`` (the same), ``dense`` ``(out, in)``, ``conv2d`` ``(out, h, w, in)``, ``depthwise``
+            ``(1, h, w, in * multiplier)``, or ``depthwise_as_conv2d``, that for a grouped convolution.
+    """
+    if layout == "plain":
+        return value
+    if layout == "dense":
+        return value.T
+    if layout == "conv2d":
+        return value.transpose(1, 2, 3, 0)
+    if layout in ("depthwise", "depthwise_as_conv2d"):
+        return value[0][..., None, :] if layout == "depthwise_as_conv2d" else value[0]
+    raise ValueError(layout)
+
+
+def to_file(value: np.ndarray, layout: str, shape: tuple[int, ...]) -> np.ndarray:
+    """Return a Keras weight with the file's axes and shape; the inverse of `to_keras`."""
+    if layout == "dense":
+        value = value.T
+    elif layout == "conv2d":
+        value = value.transpose(3, 0, 1, 2)
+    return np.ascontiguousarray(value).reshape(shape)

@@ -1,0 +1,141 @@
+"""What is in a file or model: parameters, bytes, bits, zeros and distinct values, operator by operator."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """One operator or layer.
+
+    Attributes:
+        index: Its number.
+        op: Operator, such as ``CONV_2D``, or layer class.
+        name: Output tensor or layer path.
+        output_shape: Shape of its first output.
+        parameters: Weights and biases.
+        size_bytes: Bytes of its constants; one that several share is counted at the first.
+        bits: Bits of one weight; 0 without weights.
+        sparsity: Fraction of zero weights.
+        distinct: Distinct values of the largest weight.
+    """
+
+    index: int
+    op: str
+    name: str
+    output_shape: tuple[int, ...]
+    parameters: int
+    size_bytes: int
+    bits: int
+    sparsity: float
+    distinct: int
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain data."""
+        return {**asdict(self), "output_shape": list(self.output_shape)}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Inspection:
+    """A table of operators or layers, with totals.
+
+    Attributes:
+        rows: One for each operator or layer.
+        size_bytes: Bytes of the file; of the weights for a model in memory.
+        weights_bytes: Bytes of all constants.
+        parameters: Weights and biases.
+    """
+
+    rows: tuple[Row, ...]
+    size_bytes: int
+    weights_bytes: int
+    parameters: int
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain data."""
+        rest = {name: getattr(self, name) for name in ("size_bytes", "weights_bytes", "parameters")}
+        return {"rows": [row.to_dict() for row in self.rows], **rest}
+
+
+def inspect_file(path: str | Path) -> Inspection:
+    """Return the operators of a ``.tflite``.
+
+    Raises:
+        DataError: If the file does not exist.
+        UnsupportedModelError: If it is no LiteRT file, or broken.
+    """
+    from dwindle.lifting.flatbuffer import read_graph
+    from dwindle.measuring.litert import read_content
+
+    content = read_content(path)
+    graph = read_graph(content)
+    seen: set[int] = set()
+    makers = {tensor.index: op for op in graph.operations for tensor in op.outputs}
+    rows = []
+    for operation in graph.operations:
+        constants = []
+        for tensor in operation.inputs:
+            maker = None if tensor is None else makers.get(tensor.index)
+            # Weights may be stored packed, behind a DEQUANTIZE; they belong to the operator that uses them.
+            if tensor is not None and tensor.value is None and maker is not None and maker.name == "DEQUANTIZE":
+                tensor = maker.inputs[0]
+            if tensor is not None and tensor.value is not None and tensor.buffer not in seen:
+                seen.add(tensor.buffer)
+                constants.append(tensor)
+        numbers = [t for t in constants if t.dtype in (np.float32, np.float16, np.int8) or t.scale is not None]
+        weight = max((t for t in numbers if t.value is not None), key=lambda t: t.value.size, default=None)  # type: ignore[union-attr]
+        values = None if weight is None else np.asarray(weight.value)
+        points = 0 if weight is None or weight.zero_point is None else int(weight.zero_point.reshape(-1)[0])
+        rows.append(
+            Row(
+                index=operation.index, op=operation.name, name=operation.outputs[0].name,
+                output_shape=operation.outputs[0].shape,
+                parameters=sum(int(np.prod(t.shape)) for t in numbers),
+                size_bytes=sum(-(-int(np.prod(t.shape)) * t.bits // 8) for t in constants),
+                bits=0 if weight is None else weight.bits,
+                sparsity=0.0 if values is None else float((values == points).mean()),
+                distinct=0 if values is None else int(np.unique(values).size),
+            )
+        )  # fmt: skip
+    weights = sum(row.size_bytes for row in rows)
+    parameters = sum(row.parameters for row in rows)
+    return Inspection(rows=tuple(rows), size_bytes=len(content), weights_bytes=weights, parameters=parameters)
+
+
+def inspect_model(model: Any) -> Inspection:
+    """Return the layers of a `keras.Model`, those of nested models included, with transformed weights as they act."""
+    import keras
+
+    from dwindle.weights import effective_weights, walk_layers
+
+    effective = effective_weights(model)
+    rows = []
+    for path, layer in walk_layers(model):
+        arrays = [np.asarray(keras.ops.convert_to_numpy(v)) for v in layer.weights if _is_own(layer, v)]
+        acting = [value for (where, _), value in effective.items() if where == path]
+        largest = max(acting or arrays, key=lambda array: array.size, default=None)
+        shape = getattr(layer, "output", None)
+        rows.append(
+            Row(
+                index=len(rows), op=type(layer).__name__, name=path,
+                output_shape=tuple(1 if v is None else int(v) for v in getattr(shape, "shape", ())),
+                parameters=sum(array.size for array in arrays),
+                size_bytes=sum(array.nbytes for array in arrays),
+                bits=0 if largest is None else largest.dtype.itemsize * 8,
+                sparsity=0.0 if largest is None or largest.size == 0 else float((largest == 0).mean()),
+                distinct=0 if largest is None else int(np.unique(largest).size),
+            )
+        )  # fmt: skip
+    weights = sum(row.size_bytes for row in rows)
+    parameters = sum(row.parameters for row in rows)
+    return Inspection(rows=tuple(rows), size_bytes=weights, weights_bytes=weights, parameters=parameters)
+
+
+def _is_own(layer: Any, variable: Any) -> bool:
+    states = layer.__dict__.get("_dwindle_states", {})
+    return all(variable is not v for stack in states.values() for state in stack for v in state.values())
