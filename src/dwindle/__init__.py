@@ -47,29 +47,36 @@ _NAMES: dict[str, str] = {
 __all__ = ["__version__", *sorted(_NAMES)]
 
 if TYPE_CHECKING:
-    from dwindle.compressing import Result, compress
-    from dwindle.compressing.goals import Goals
-    from dwindle.compressing.plans import Plan
-    from dwindle.data import Data, load_demo_data, read_data
-    from dwindle.distillation import distill
-    from dwindle.errors import (
-        ConfigError,
-        ConversionError,
-        DataError,
-        DwindleError,
-        MissingDependencyError,
-        UnsupportedModelError,
-        VerificationError,
-    )
-    from dwindle.exporting import Artefact, export
-    from dwindle.finalizing import finalize
-    from dwindle.lifting import lift
-    from dwindle.loading import load
-    from dwindle.measuring import Measurement, inspect_file, inspect_model, measure
-    from dwindle.pruning import Constant, PolynomialDecay, prune
-    from dwindle.quantization import quantize
-    from dwindle.quantization.schemes import Scheme
-    from dwindle.shrinking import shrink
+    from dwindle.compressing import Result as Result
+    from dwindle.compressing import compress as compress
+    from dwindle.compressing.goals import Goals as Goals
+    from dwindle.compressing.plans import Plan as Plan
+    from dwindle.data import Data as Data
+    from dwindle.data import load_demo_data as load_demo_data
+    from dwindle.data import read_data as read_data
+    from dwindle.distillation import distill as distill
+    from dwindle.errors import ConfigError as ConfigError
+    from dwindle.errors import ConversionError as ConversionError
+    from dwindle.errors import DataError as DataError
+    from dwindle.errors import DwindleError as DwindleError
+    from dwindle.errors import MissingDependencyError as MissingDependencyError
+    from dwindle.errors import UnsupportedModelError as UnsupportedModelError
+    from dwindle.errors import VerificationError as VerificationError
+    from dwindle.exporting import Artefact as Artefact
+    from dwindle.exporting import export as export
+    from dwindle.finalizing import finalize as finalize
+    from dwindle.lifting import lift as lift
+    from dwindle.loading import load as load
+    from dwindle.measuring import Measurement as Measurement
+    from dwindle.measuring import inspect_file as inspect_file
+    from dwindle.measuring import inspect_model as inspect_model
+    from dwindle.measuring import measure as measure
+    from dwindle.pruning import Constant as Constant
+    from dwindle.pruning import PolynomialDecay as PolynomialDecay
+    from dwindle.pruning import prune as prune
+    from dwindle.quantization import quantize as quantize
+    from dwindle.quantization.schemes import Scheme as Scheme
+    from dwindle.shrinking import shrink as shrink
 
 
 def __getattr__(name: str) -> Any:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 import os
 import shlex
+import shutil
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -44,7 +46,7 @@ def _quiet_frameworks() -> None:
     """Keep TensorFlow's start-up lines off the screen; what the user set stays."""
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
-    os.environ.setdefault("CUDA_VISIBLE_DEVICES", os.environ.get("CUDA_VISIBLE_DEVICES", "-1"))
+    logging.getLogger("tensorflow").setLevel(logging.ERROR)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -70,11 +72,13 @@ def _add_compress(commands: Any) -> None:
     _data_options(sub, required=True)
     sub.add_argument("--max-drop", metavar="DROP", help="largest loss of the metric, such as 0.5%% or 0.005")
     sub.add_argument("--max-size", metavar="SIZE", help="largest file, such as 45KB (1 KB = 1000 bytes)")
-    sub.add_argument("--max-latency", metavar="TIME", help="largest median latency, such as 2ms, or 0.5x of the original's")
+    sub.add_argument(
+        "--max-latency", metavar="TIME", help="largest median latency, such as 2ms, or 0.5x of the original's"
+    )
     sub.add_argument("--max-ram", metavar="SIZE", help="largest RAM while it runs, such as 64KB")
     sub.add_argument("--target", choices=["litert"], default="litert", help="what the file runs on (default litert)")
     sub.add_argument("--metric", default="accuracy", help="accuracy or another Keras metric (default accuracy)")
-    sub.add_argument("--epochs", type=int, default=12, help="epochs of a student's training (default 12)")
+    sub.add_argument("--epochs", type=int, default=20, help="epochs of a student's training (default 20)")
     sub.add_argument("--plan", metavar="FILE", help="run the plan in this YAML file instead of the search")
     sub.add_argument("--dry-run", action="store_true", help="check everything and say what would be tried")
     _run_options(sub, "dwindle-out")
@@ -105,7 +109,9 @@ def _add_convert(commands: Any) -> None:
     sub.add_argument("out", metavar="OUT", help="the .tflite (or .keras) to write")
     sub.add_argument("--scheme", help="float32, float16, int8 or int8-dynamic (default float32)")
     _data_options(sub, required=False)
-    sub.add_argument("--io-type", choices=["float32", "int8"], default="float32", help="inputs and outputs of an int8 file")
+    sub.add_argument(
+        "--io-type", choices=["float32", "int8"], default="float32", help="inputs and outputs of an int8 file"
+    )
     sub.add_argument("--force", action="store_true", help="write over OUT if it exists")
     sub.add_argument("--json", action="store_true", help="print the result as JSON")
     sub.add_argument("--trust", action="store_true", help="let code in the model file run (Lambda layers)")
@@ -137,7 +143,14 @@ def _add_demo(commands: Any) -> None:
 
 
 def _say(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
+    """Show progress on standard error: one line that is written over on a terminal, plain lines elsewhere."""
+    passing = ": epoch " in line
+    if not sys.stderr.isatty():
+        print(line, file=sys.stderr, flush=True)
+        return
+    width = shutil.get_terminal_size().columns
+    text = line if not passing or len(line) < width else f"{line[: width - 2]}…"
+    print(f"\r\033[K{text}", end="" if passing else "\n", file=sys.stderr, flush=True)
 
 
 def _factor(text: str) -> float:

@@ -105,9 +105,9 @@ def read_data(
     if isinstance(source, Data):
         return source
     arrays, name, class_names = _arrays(source, image_size)
+    if "x" not in arrays and not any(f"x_{part}" in arrays for part in PARTS) and not _numbered(arrays):
+        raise DataError(f"data `{name}` has the arrays {', '.join(sorted(arrays)) or 'none'}; expected {_KEYS}")
     splits = {part: _split(arrays, part, rescale, name) for part in PARTS}
-    if not any(splits.values()):
-        raise DataError(f"data `{name}` has no samples; expected {_KEYS}")
     if splits["val"] is None and splits["train"] is not None and validation_fraction > 0:
         splits["train"], splits["val"] = _set_aside(splits["train"], validation_fraction, seed)
     return Data(
@@ -222,10 +222,6 @@ def _from_function(source: str, image_size: tuple[int, int] | None) -> Named:
 
 def _split(arrays: Mapping[str, Any], part: str, rescale: float, name: str) -> Split | None:
     """Return one part from arrays by name, checked."""
-    if part == "train" and not any(f"{x}_{p}" in arrays for x in ("x",) for p in PARTS) and not _numbered(arrays):
-        if "x" not in arrays:
-            listed = ", ".join(sorted(arrays)) or "none"
-            raise DataError(f"data `{name}` has the arrays {listed}; expected {_KEYS}")
     given = arrays.get(f"x_{part}", _numbered(arrays, part) or None)
     labels = arrays.get(f"y_{part}")
     if part == "test" and given is None and "x" in arrays:
@@ -330,7 +326,8 @@ def fit_to_model(
             continue
         if len(split.x) != len(input_shapes):
             raise DataError(
-                f"data `{data.source}`: `x_{part}` has {len(split.x)} arrays and the model has {len(input_shapes)} inputs"
+                f"data `{data.source}`: `x_{part}` has {len(split.x)} arrays and the model has {len(input_shapes)} "
+                "inputs"
             )
         inputs = tuple(
             _fit(array, tuple(shape), dtype, f"x_{part}", data.source)
@@ -352,8 +349,6 @@ def _fit(array: np.ndarray, shape: tuple[int | None, ...], dtype: str, label: st
     elif matches((*have, 1)):
         fitted = array[..., None]
     elif len(have) > 1 and matches((int(np.prod(have)),)):
-        fitted = array.reshape(len(array), -1)
-    elif have[-1:] == (1,) and matches((int(np.prod(have[:-1])),)):
         fitted = array.reshape(len(array), -1)
     else:
         raise DataError(

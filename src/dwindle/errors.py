@@ -1,12 +1,12 @@
 """The errors that dwindle raises: one tree, one clear sentence each.
 
-    DwindleError
-    ├── ConfigError              an argument or option that is not valid (also a ``ValueError``)
-    ├── DataError                the user's data does not fit or can't be read
-    ├── UnsupportedModelError    a model or file that can't be read or treated
-    ├── ConversionError          a converter or writer failed
-    ├── VerificationError        a file does not predict what the model predicts
-    └── MissingDependencyError   an optional package is not installed (also an ``ImportError``)
+DwindleError
+├── ConfigError              an argument or option that is not valid (also a ``ValueError``)
+├── DataError                the user's data does not fit or can't be read
+├── UnsupportedModelError    a model or file that can't be read or treated
+├── ConversionError          a converter or writer failed
+├── VerificationError        a file does not predict what the model predicts
+└── MissingDependencyError   an optional package is not installed (also an ``ImportError``)
 """
 
 from __future__ import annotations
@@ -68,6 +68,4 @@ def check_choice(name: str, value: object, accepted: Iterable[str]) -> None:
     accepted = list(accepted)
     if value not in accepted:
         listed = ", ".join(f"`{item}`" for item in accepted)
-        raise ConfigError(
-            f"`{name}` is {value!r}; it must be one of {listed}{did_you_mean(value, accepted)}"
-        )
+        raise ConfigError(f"`{name}` is {value!r}; it must be one of {listed}{did_you_mean(value, accepted)}")

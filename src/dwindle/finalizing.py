@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import keras
 
+from dwindle.attaching import effective_weights, strip
 from dwindle.errors import ConfigError
-from dwindle.weights import effective_weights, strip, walk_layers
+from dwindle.weights import walk_layers
 
 
 def finalize(model: keras.Model) -> keras.Model:

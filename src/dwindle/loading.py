@@ -53,10 +53,17 @@ def _reader(path: Path) -> Callable[[Path, bool], Any]:
         if (path / "saved_model.pb").exists():
             return saved_model.read
         raise ConfigError(f"`{path}` is a folder without `saved_model.pb`; pass a SavedModel folder or a model file")
-    readers = {".keras": keras_file.read, ".h5": keras_file.read_h5, ".hdf5": keras_file.read_h5, ".tflite": tflite.read}
+    readers = {
+        ".keras": keras_file.read,
+        ".h5": keras_file.read_h5,
+        ".hdf5": keras_file.read_h5,
+        ".tflite": tflite.read,
+    }
     suffix = path.suffix.lower()
     if suffix not in readers:
-        raise ConfigError(f"`{path}` ends in {suffix or 'nothing'!r}; known are {', '.join(SUFFIXES)} and SavedModel folders")
+        raise ConfigError(
+            f"`{path}` ends in {suffix or 'nothing'!r}; known are {', '.join(SUFFIXES)} and SavedModel folders"
+        )
     return readers[suffix]
 
 

@@ -13,16 +13,17 @@ import keras
 
 import dwindle
 from dwindle.compressing.goals import Goals, Verdict
-from dwindle.compressing.plans import Plan, read_plan
+from dwindle.compressing.plans import Plan
 from dwindle.compressing.search import Search, figures_of, fingerprint
 from dwindle.compressing.steps import Say, Workbench, training_loss
 from dwindle.compressing.store import Store, check_out_folder
 from dwindle.data import Data, Split, fit_to_model, read_data
 from dwindle.errors import ConfigError, DataError
-from dwindle.exporting import predict
+from dwindle.exporting import output_quanta, predict
 from dwindle.exporting.verify import BOUNDS, compare
 from dwindle.files import write_text
 from dwindle.measuring import LiteRTRunner, compare_latency, environment, higher_is_better, inspect_file, measure
+from dwindle.quantization.schemes import resolve_scheme
 from dwindle.reporting import write_report
 
 __all__ = ["Goals", "Plan", "Result", "compress"]
@@ -57,7 +58,7 @@ def compress(
     test: Any = None,
     data: Any = None,
     metric: Any = "accuracy",
-    epochs: int = 12,
+    epochs: int = 20,
     seed: int = 0,
     threads: int = 1,
     plan: Plan | None = None,
@@ -109,7 +110,7 @@ def compress(
     check_out_folder(out, resume=resume, force=force)
     fitted = _data_for(model, train, validation, test, data)
     begun = time.monotonic()
-    say = say or (lambda line: None)
+    say = say or _silent
     marks = {"model": fingerprint(model), "data": fitted.sha256, "seed": seed, "epochs": epochs}
     store = Store(out, marks, resume=resume, force=force)
     teaches = len(model.outputs) == 1 and len(model.outputs[0].shape) == 2 and int(model.outputs[0].shape[1] or 0) > 1
@@ -128,6 +129,10 @@ def compress(
     facts = {"source": source or model.name, "command": command or _call(goals, out, seed), "seed": seed,
              "seconds": round(time.monotonic() - begun, 1), "interrupted": interrupted, "threads": threads}  # fmt: skip
     return _conclude(search, facts)
+
+
+def _silent(_line: str) -> None:
+    """Show nothing."""
 
 
 def _with_current(search: Search, say: Say) -> Workbench:
@@ -199,29 +204,27 @@ def _judge(search: Search, chosen: Mapping[str, Any]) -> tuple[dict[str, Any], d
         figures["latency_ms"] = {"p50": latency.p50_ms, "p90": latency.p90_ms}
         kept = {k: v for k, v in trial.items() if k != "plan"}
         judged.append({**kept, **figures, "validation_accuracy": trial["accuracy"]})
-    verification = _verify(search, chosen, files[1], split)
+    verification = _verify(chosen, files[1], split)
     if verification is not None:
         judged[1]["verification"] = verification
     return judged[0], judged[1], verification
 
 
-def _verify(search: Search, chosen: Mapping[str, Any], file: Path, split: Split | None) -> dict[str, Any] | None:
+def _verify(chosen: Mapping[str, Any], file: Path, split: Split | None) -> dict[str, Any] | None:
     """Compare the chosen file with its trainable twin on the whole judging set, where the twin rounds alike."""
     from dwindle.loading import load
 
-    twin_path = file.with_name("model.keras")
-    if split is None or not twin_path.exists() or not chosen.get("verification"):
+    static = resolve_scheme(chosen["plan"]["steps"][-1]["export"]["scheme"]).needs_data
+    if split is None or not static:
         return chosen.get("verification")
-    twin = load(twin_path, trust=True)  # our own file, written a moment ago
+    twin = load(file.with_name("model.keras"))
     if not getattr(twin, "quantization", None):
-        return dict(chosen["verification"])
-    from dwindle.exporting import _quanta
-
+        return chosen.get("verification")
     found = LiteRTRunner(file).predict(list(split.x))
     expected = predict(twin, list(split.x))
     result = compare(
         expected, found, BOUNDS["static"], reference="the model in quantized training",
-        quanta=_quanta(file.read_bytes()),
+        quanta=output_quanta(file.read_bytes()),
     )  # fmt: skip
     return result.to_dict()
 

@@ -12,9 +12,11 @@ from dwindle.compressing.plans import Plan
 from dwindle.errors import UnsupportedModelError
 from dwindle.shrinking import shrink
 
-WIDTHS = (0.75, 0.5, 0.35, 0.25, 0.18, 0.125, 0.09, 0.0625)
+# Each student is this much narrower than the one before; the narrowest is a twentieth as wide as the original.
+NARROWER = 0.7
+NARROWEST = 0.05
 # What an int8 file holds besides its weights: names, scales and the graph, about this much a layer.
-_BYTES_PER_LAYER = 700
+BYTES_PER_LAYER = 450
 
 
 def after_training(needs_no_data: bool) -> list[Plan]:
@@ -66,18 +68,30 @@ def student(width: float, epochs: int) -> Plan:
 
 
 def student_widths(model: keras.Model, goals: Goals, say: Any) -> Iterator[float]:
-    """Yield widths from wide to narrow, without those whose int8 file can't meet the size goal."""
-    for width in WIDTHS:
-        try:
-            twin = shrink(model, width=width)
-        except UnsupportedModelError as error:
-            say(f"no student {width:g} as wide: {error}")
+    """Yield widths from wide to narrow, the first one the widest whose int8 file can meet the size goal."""
+    width = 0.7
+    if goals.max_size is not None:
+        steps = [round(0.9 * 0.95**number, 3) for number in range(60)]
+        width = next(
+            (w for w in steps if w >= NARROWEST and _expected_bytes(model, w, say) <= int(goals.max_size)), 0.0
+        )
+    while width >= NARROWEST:
+        if _expected_bytes(model, width, say) == float("inf"):
             return
-        layers = len(twin.layers)
-        expected = twin.count_params() + layers * _BYTES_PER_LAYER
-        if goals.max_size is not None and expected > int(goals.max_size) * 1.15:
-            continue
         yield width
+        width = round(width * NARROWER, 3)
+
+
+def _expected_bytes(model: keras.Model, width: float, say: Any) -> float:
+    """Return about how large the int8 file of a student of this width is; infinite where there is none."""
+    try:
+        twin = shrink(model, width=width)
+    except UnsupportedModelError as error:
+        say(f"no student {width:g} as wide: {error}")
+        return float("inf")
+    channels = sum(int(variable.shape[-1]) for variable in twin.trainable_variables if len(variable.shape) > 1)
+    # Each channel has a scale and a zero point for its weights and for its bias, and a bias of 32 bits.
+    return float(twin.count_params() + 28 * channels + BYTES_PER_LAYER * len(twin.layers))
 
 
 def smallest_int8_bytes(model: keras.Model) -> int:

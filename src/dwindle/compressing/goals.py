@@ -98,9 +98,7 @@ class Goals:
     def __post_init__(self) -> None:
         """Check every value, and turn it into plain numbers."""
         if all(value is None for value in (self.max_drop, self.max_size, self.max_latency, self.max_ram)):
-            raise ConfigError(
-                "no goal is given; pass at least one of `max_drop`, `max_size`, `max_latency`, `max_ram`"
-            )
+            raise ConfigError("no goal is given; pass at least one of `max_drop`, `max_size`, `max_latency`, `max_ram`")
         if self.max_drop is not None:
             object.__setattr__(self, "max_drop", parse_drop(self.max_drop))
         for name in ("max_size", "max_ram"):
@@ -195,12 +193,13 @@ class Verdict:
     def text(self) -> str:
         """Say it in words."""
         if self.unit == "points":
-            return f"drop of {100 * self.value:.2f} points, at most {100 * self.limit:.2f}"
+            return f"loss of {100 * self.value:.2f} points, at most {100 * self.limit:.2f}"
         if self.unit == "bytes":
-            return f"{self.value / 1000:,.1f} KB, at most {self.limit / 1000:,.1f} KB"
+            what = "RAM" if self.goal == "max_ram" else "size"
+            return f"{what} {self.value / 1000:,.1f} KB, at most {self.limit / 1000:,.1f} KB"
         if self.unit == "ms":
-            return f"{self.value:.4g} ms, at most {self.limit:.4g} ms"
-        return f"{self.value:.3g} times the original, at most {self.limit:.3g}"
+            return f"latency {self.value:.4g} ms, at most {self.limit:.4g} ms"
+        return f"latency {self.value:.3g} times the original's, at most {self.limit:.3g}"
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain data, the words included."""

@@ -89,7 +89,9 @@ class Plan:
         steps = []
         for entry in data["steps"]:
             if not isinstance(entry, Mapping) or len(entry) != 1:
-                raise ConfigError(f"a step must be one name with its options, such as `export: {{scheme: int8}}`; found {entry!r}")
+                raise ConfigError(
+                    f"a step must be one name with its options, such as `export: {{scheme: int8}}`; found {entry!r}"
+                )
             step, options = next(iter(entry.items()))
             if options is not None and not isinstance(options, Mapping):
                 raise ConfigError(f"the options of step `{step}` are {options!r}; they must be a mapping")

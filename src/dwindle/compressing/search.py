@@ -23,8 +23,8 @@ from dwindle.data import Data, Split
 from dwindle.errors import ConfigError, ConversionError, DataError, UnsupportedModelError, VerificationError
 from dwindle.exporting import export
 from dwindle.files import save_keras
-from dwindle.quantization import quantize, resolve_scheme
 from dwindle.measuring import compare_latency, higher_is_better, measure
+from dwindle.quantization import quantize, resolve_scheme
 
 ORIGINAL = Plan(name="original, float32", steps=(("export", {"scheme": "float32"}),))
 # A trial that can't be done says why and the search goes on; anything else is a defect and stops it.
@@ -78,7 +78,9 @@ class Search:
         smallest = candidates.smallest_int8_bytes(self.bench.original)
         for plan in candidates.same_size(self.epochs):
             if self.goals.max_size is not None and smallest > int(self.goals.max_size):
-                why = f"{smallest:,} parameters of 8 bits are more than the {int(self.goals.max_size):,} bytes asked for"
+                why = (
+                    f"{smallest:,} parameters of 8 bits are more than the {int(self.goals.max_size):,} bytes asked for"
+                )
                 self._skip(plan, why)
             else:
                 self._try(plan)
@@ -216,7 +218,7 @@ def _outcome(record: Mapping[str, Any]) -> str:
 @contextmanager
 def seeded(seed: int) -> Iterator[None]:
     """Seed Python, NumPy and the backend, and put Python's and NumPy's state back afterwards."""
-    before = random.getstate(), np.random.get_state()  # noqa: NPY002 - Keras uses this generator
+    before = random.getstate(), np.random.get_state()
     keras.utils.set_random_seed(seed)
     try:
         yield

@@ -91,8 +91,11 @@ def export(
     trained = getattr(model, "quantization", None)
     chosen = _chosen_scheme(scheme, trained)
     if io_type != "float32" and not chosen.needs_data:
-        raise ConfigError(f"`io_type` is {io_type!r}, but a file of scheme `{chosen.name}` has float inputs; leave it out")
-    content, notes = float_file(model), []
+        raise ConfigError(
+            f"`io_type` is {io_type!r}, but a file of scheme `{chosen.name}` has float inputs; leave it out"
+        )
+    content = float_file(model)
+    notes: list[str] = []
     if data is None and not (chosen.needs_data and not trained):
         samples = tuple(random_input(t.shape[1:], t.dtype, RANDOM_SAMPLES) for t in read_graph(content).inputs)
     else:
@@ -177,7 +180,7 @@ def check(content: bytes, model: Any, inputs: list[np.ndarray], bound: Bound, re
     runner = LiteRTRunner(content)
     found = runner.predict(inputs)
     expected = predict(model, inputs)
-    return compare(expected, found, bound, reference=reference, quanta=_quanta(content))
+    return compare(expected, found, bound, reference=reference, quanta=output_quanta(content))
 
 
 def predict(model: Any, inputs: list[np.ndarray], *, batch_size: int = 256) -> list[np.ndarray]:
@@ -189,7 +192,7 @@ def predict(model: Any, inputs: list[np.ndarray], *, batch_size: int = 256) -> l
     return list(keras.tree.flatten(model.predict(feed, batch_size=batch_size, verbose=0)))
 
 
-def _quanta(content: bytes) -> list[float | None]:
+def output_quanta(content: bytes) -> list[float | None]:
     """Return the step of each output of a file: its own scale, or that of the integers it is made from."""
     graph = read_graph(content)
     makers = {tensor.index: operation for operation in graph.operations for tensor in operation.outputs}

@@ -36,7 +36,7 @@ def float_file(model: keras.Model) -> bytes:
         return content
     if not model.built:
         raise ConfigError(f"`model` ({model.name}) is not built: call it once on data, or model.build(input_shape)")
-    from dwindle.weights import attached, strip
+    from dwindle.attaching import attached, strip
 
     content = _convert(strip(model) if attached(model) else model)
     freed = resizable(content)
@@ -65,9 +65,7 @@ def _convert(model: keras.Model) -> bytes:
     module.variables_kept = [variable.value for variable in model.variables]
     with tempfile.TemporaryDirectory() as folder, _quiet():
         try:
-            tf.saved_model.save(
-                module, folder, signatures={"serving_default": module.serve.get_concrete_function()}
-            )
+            tf.saved_model.save(module, folder, signatures={"serving_default": module.serve.get_concrete_function()})
             return _convert_folder(tf, folder)
         except Exception as error:
             raise ConversionError(f"`{model.name}` can't be converted to LiteRT: {_reason(error)}") from error

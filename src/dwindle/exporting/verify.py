@@ -186,7 +186,7 @@ def _activations(content: bytes, inputs: Sequence[np.ndarray]) -> dict[str, np.n
         for tensor, array in zip(graph.inputs, inputs, strict=True):
             value = np.asarray(array[sample : sample + 1])
             if tensor.is_quantized and tensor.scale is not None and tensor.zero_point is not None:
-                info = np.iinfo(tensor.dtype)
+                info = np.iinfo(tensor.dtype)  # type: ignore[type-var]
                 value = np.clip(np.rint(value / tensor.scale) + tensor.zero_point, info.min, info.max)
             interpreter.set_tensor(tensor.index, np.ascontiguousarray(value, dtype=tensor.dtype))
         interpreter.invoke()

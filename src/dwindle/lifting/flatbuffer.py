@@ -169,7 +169,7 @@ def operator_name(model: Any, operation: Any) -> str:
     number = max(int(code.builtinCode or 0), int(code.deprecatedBuiltinCode or 0))
     if number == schema.BuiltinOperator.CUSTOM:
         return f"CUSTOM:{(code.customCode or b'').decode('utf8', 'replace')}"
-    return _NAMES.get(number, f"OPERATOR_{number}")
+    return str(_NAMES.get(number, f"OPERATOR_{number}"))
 
 
 def read_graph(content: bytes) -> Graph:
@@ -325,7 +325,6 @@ def resizable(content: bytes) -> bytes:
         value = np.asarray(model.buffers[wanted.buffer].data, np.uint8).view(np.int32).copy()
         if value.size and value[0] == 1 and (value > 0).all():
             shapes.add((wanted.buffer, tuple(value)))
-    for buffer, value in shapes:
-        data = np.array([-1, *value[1:]], dtype=np.int32)
-        model.buffers[buffer].data = data.view(np.uint8)
+    for buffer, sizes in shapes:
+        model.buffers[buffer].data = np.array([-1, *sizes[1:]], dtype=np.int32).view(np.uint8)
     return serialize(model)

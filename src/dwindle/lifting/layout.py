@@ -20,7 +20,8 @@ def to_keras(value: np.ndarray, layout: str) -> np.ndarray:
     if layout == "conv2d":
         return value.transpose(1, 2, 3, 0)
     if layout in ("depthwise", "depthwise_as_conv2d"):
-        return value[0][..., None, :] if layout == "depthwise_as_conv2d" else value[0]
+        kernel: np.ndarray = value[0]
+        return kernel[..., None, :] if layout == "depthwise_as_conv2d" else kernel
     raise ValueError(layout)
 
 

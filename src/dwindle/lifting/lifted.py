@@ -196,7 +196,7 @@ def build_lifted(
     model.float_file = content
     builder.fill(model)
     if grids is not None:
-        from dwindle.weights import attach
+        from dwindle.attaching import attach
 
         model = attach(model, builder.fake_quantized(model, grids))
     return model
@@ -213,6 +213,14 @@ class _Builder:
         self._names: dict[str, int] = {}
         self._given: dict[str, np.ndarray] = {}
         self._operations: dict[str, int] = {}
+        ends = {tensor.index for tensor in graph.outputs}
+        self._probabilities = {
+            tensor.index
+            for operation in graph.operations
+            if operation.name in ("SOFTMAX", "LOGISTIC", "LOG_SOFTMAX")
+            for tensor in operation.outputs
+            if tensor.index in ends
+        }
         self._on_grid: dict[int, Grid] = {}
 
     def run(self) -> tuple[Any, Any]:
@@ -221,8 +229,7 @@ class _Builder:
             shape = tensor.shape[1:]
             key = keras.Input(shape, dtype=np.dtype(tensor.dtype).name, name=self._name(self.graph.input_names[number]))
             inputs.append(key)
-            grid = self.grids.inputs.get(number)
-            self.values[tensor.index] = self._round(key, grid, tensor)
+            self.values[tensor.index] = self._round(key, self.grids.inputs.get(number), tensor)
         for operation in self.graph.operations:
             self._operate(operation)
         outputs = []
@@ -238,8 +245,8 @@ class _Builder:
         inputs = []
         for position, tensor in enumerate(operation.inputs):
             value = None if tensor is None or tensor.value is not None else self.values[tensor.index]
-            for grid in self.grids.edges.get((operation.index, position), ()):
-                value = self._fake_quantize(value, grid, tensor.name if tensor else "")
+            for step in self.grids.edges.get((operation.index, position), ()):
+                value = self._fake_quantize(value, step, tensor.name if tensor else "")
             inputs.append(value)
         results = OPERATORS[operation.name](self, operation, inputs)
         results = results if isinstance(results, list) else [results]
@@ -248,9 +255,9 @@ class _Builder:
             grid = self.grids.outputs.get((operation.index, number))
             same = source is not None and grid is not None and self._on_grid.get(source.index) == grid
             edged = any((operation.index, p) in self.grids.edges for p in range(len(operation.inputs)))
-            if same and not edged and operation.name in _KEEPS_GRID:
+            if grid is not None and same and not edged and operation.name in _KEEPS_GRID:
                 self.values[tensor.index] = value
-                self._on_grid[tensor.index] = grid  # type: ignore[assignment]
+                self._on_grid[tensor.index] = grid
             else:
                 self.values[tensor.index] = self._round(value, grid, tensor)
 
@@ -258,14 +265,15 @@ class _Builder:
         if grid is None:
             return value
         self._on_grid[tensor.index] = grid
-        return self._fake_quantize(value, grid, tensor.name)
+        return self._fake_quantize(value, grid, tensor.name, probabilities=tensor.index in self._probabilities)
 
-    def _fake_quantize(self, value: Any, grid: Grid, name: str) -> Any:
+    def _fake_quantize(self, value: Any, grid: Grid, name: str, *, probabilities: bool = False) -> Any:
         from dwindle.quantization.fake_quantization import FakeQuantize
 
         layer = FakeQuantize(
-            scale=grid.scale, zero_point=grid.zero_point, bits=grid.bits, name=self._name(f"{_short(name)}_quantized")
-        )
+            scale=grid.scale, zero_point=grid.zero_point, bits=grid.bits, in_training=not probabilities,
+            name=self._name(f"{_short(name)}_quantized"),
+        )  # fmt: skip
         return layer(value)
 
     def _name(self, wanted: str) -> str:
@@ -325,5 +333,3 @@ def _short(name: str) -> str:
         parts = parts[1:] if len(parts) > 2 else parts
         parts = parts[:-1] if len(parts) > 1 else parts
     return "_".join(parts) or "tensor"
-
-

@@ -15,7 +15,7 @@ import numpy as np
 from ai_edge_litert import schema_py_generated as schema
 
 from dwindle.errors import UnsupportedModelError
-from dwindle.lifting.constants import ConstantOperand, Gather, Pad
+from dwindle.lifting.constants import ConstantOperand, Gather, Pad, Slice
 from dwindle.lifting.flatbuffer import Operation, Tensor
 
 
@@ -80,7 +80,8 @@ def constant(operation: Operation, position: int) -> np.ndarray:
     tensor = operation.inputs[position] if position < len(operation.inputs) else None
     if tensor is None or tensor.value is None:
         raise UnsupportedModelError(
-            f"{operation.name} `{operation.outputs[0].name}` computes its operand {position}; only constants have an entry"
+            f"{operation.name} `{operation.outputs[0].name}` computes its operand {position}; "
+            "only constants have an entry"
         )
     return tensor.value
 
@@ -214,11 +215,8 @@ def _binary(context: Context, operation: Operation, inputs: list[Any]) -> Any:
     fixed = [position for position in (0, 1) if inputs[position] is None]
     kind = operation.name.lower()
     if fixed:
-        tensor = operation.inputs[fixed[0]]
-        assert tensor is not None and tensor.value is not None  # noqa: S101 - None inputs are constants
-        layer = context.layer(
-            ConstantOperand, operation, kind=kind, shape=tensor.shape, constant_first=fixed[0] == 0
-        )
+        tensor = _weight(operation, fixed[0])
+        layer = context.layer(ConstantOperand, operation, kind=kind, shape=tensor.shape, constant_first=fixed[0] == 0)
         context.weights(layer, value=(tensor, "plain"))
         return _finish(context, operation, layer(inputs[1 - fixed[0]]))
     if operation.name in _MERGES and _same_rank(inputs):
@@ -341,7 +339,8 @@ def _resize(context: Context, operation: Operation, inputs: list[Any]) -> Any:
 def _gather(context: Context, operation: Operation, inputs: list[Any]) -> Any:
     if inputs[0] is not None or operation.options.get("axis", 0) != 0:
         raise UnsupportedModelError(
-            f"GATHER `{operation.outputs[0].name}` reads from an activation; only look-up in a constant table has an entry"
+            f"GATHER `{operation.outputs[0].name}` reads from an activation; "
+            "only look-up in a constant table has an entry"
         )
     table = _weight(operation, 0)
     layer = context.layer(Gather, operation, rows=table.shape[0], width=tuple(table.shape[1:]))
@@ -378,6 +377,4 @@ def _strided_slice(context: Context, operation: Operation, inputs: list[Any]) ->
     if parts and parts[0][:2] not in ([None, None], [0, None], [0, 1]):
         raise UnsupportedModelError(f"STRIDED_SLICE `{operation.outputs[0].name}` cuts the batch axis")
     shrink = [axis for axis in range(len(begin)) if options.get("shrinkAxisMask", 0) >> axis & 1]
-    from dwindle.lifting.constants import Slice
-
     return context.layer(Slice, operation, parts=parts[1:], shrink=shrink)(inputs[0])

@@ -73,7 +73,7 @@ def _by_name(name: str) -> Any:
     try:
         return keras.metrics.get(name)
     except ValueError:
-        known = sorted(n for n in dir(keras.metrics) if n[0].islower()) + ["accuracy", "mae", "mse"]
+        known = [*sorted(n for n in dir(keras.metrics) if n[0].islower()), "accuracy", "mae", "mse"]
         raise ConfigError(
             f"`metric` is {name!r}, which Keras does not know{did_you_mean(name, known)}; "
             "use accuracy or a name from keras.metrics"

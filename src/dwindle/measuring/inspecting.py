@@ -111,10 +111,11 @@ def inspect_model(model: Any) -> Inspection:
     """Return the layers of a `keras.Model`, those of nested models included, with transformed weights as they act."""
     import keras
 
-    from dwindle.weights import effective_weights, walk_layers
+    from dwindle.attaching import effective_weights
+    from dwindle.weights import walk_layers
 
     effective = effective_weights(model)
-    rows = []
+    rows: list[Row] = []
     for path, layer in walk_layers(model):
         arrays = [np.asarray(keras.ops.convert_to_numpy(v)) for v in layer.weights if _is_own(layer, v)]
         acting = [value for (where, _), value in effective.items() if where == path]

@@ -183,7 +183,8 @@ def quantize(array: np.ndarray, spec: TensorSpec) -> np.ndarray:
         return array
     info = np.iinfo(spec.dtype)  # type: ignore[type-var]
     values = np.rint(array.astype(np.float32) / np.float32(spec.scale)) + spec.zero_point
-    return np.clip(values, info.min, info.max).astype(spec.dtype)
+    clipped: np.ndarray = np.clip(values, info.min, info.max)
+    return clipped.astype(spec.dtype)
 
 
 def dequantize(array: np.ndarray, spec: TensorSpec) -> np.ndarray:

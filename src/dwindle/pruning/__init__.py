@@ -8,11 +8,12 @@ from typing import Any
 import keras
 import numpy as np
 
+from dwindle.attaching import attach, attached, weight_value
 from dwindle.errors import ConfigError, UnsupportedModelError, check_choice
 from dwindle.pruning.masks import MagnitudeMask, keep_largest, removed_count
 from dwindle.pruning.regularization import L1Penalty
 from dwindle.pruning.schedules import Constant, PolynomialDecay, Schedule, schedule_from_dict
-from dwindle.weights import Slot, Transform, attach, attached, model_slots, select, walk_layers, weight_value
+from dwindle.weights import Slot, Transform, model_slots, select, walk_layers
 
 __all__ = ["Constant", "PolynomialDecay", "prune"]
 
@@ -87,9 +88,7 @@ def prune(
             if mask is None and before.get(key) is not None:
                 mask = (values[key] > 0).astype(np.float32)
             transforms.append(
-                MagnitudeMask(
-                    sparsity=targets[key], schedule=schedule, calls_per_step=calls.get(key[0], 1), mask=mask
-                )
+                MagnitudeMask(sparsity=targets[key], schedule=schedule, calls_per_step=calls.get(key[0], 1), mask=mask)
             )
         if l1 > 0:
             transforms.append(L1Penalty(strength=l1))
@@ -115,9 +114,7 @@ def _chosen(model: keras.Model, layers: str | Sequence[str] | None) -> dict[tupl
     check_model(model)
     by_path = model_slots(model)
     chosen = select(list(by_path), layers)
-    slots = {
-        (path, slot.key): slot for path in chosen for slot in by_path[path] if slot.prunable or layers is not None
-    }
+    slots = {(path, slot.key): slot for path in chosen for slot in by_path[path] if slot.prunable or layers is not None}
     if not slots:
         raise UnsupportedModelError(
             f"`model` ({model.name}) has no dense, convolution or recurrent kernels to prune"
@@ -126,9 +123,7 @@ def _chosen(model: keras.Model, layers: str | Sequence[str] | None) -> dict[tupl
     return slots
 
 
-def _targets(
-    values: dict[tuple[str, str], np.ndarray], sparsity: float, scope: str
-) -> dict[tuple[str, str], float]:
+def _targets(values: dict[tuple[str, str], np.ndarray], sparsity: float, scope: str) -> dict[tuple[str, str], float]:
     """Return each weight's own sparsity: the same for all, or from one ranking over all of them."""
     if scope == "layer":
         return dict.fromkeys(values, sparsity)

@@ -66,7 +66,9 @@ class MagnitudeMask(Transform):
 
     def state(self, shape: tuple[int, ...]) -> dict[str, np.ndarray]:
         """Return the mask, and the count of calls where a schedule needs it."""
-        state = {"mask": np.ones(shape, np.float32) if self.mask is None else np.asarray(self.mask, np.float32)}
+        state: dict[str, np.ndarray] = {
+            "mask": np.ones(shape, np.float32) if self.mask is None else np.asarray(self.mask, np.float32)
+        }
         if self.schedule is not None:
             state["calls"] = np.zeros((), np.int32)
         return state
@@ -87,9 +89,7 @@ class MagnitudeMask(Transform):
         size = int(np.prod(weight.shape))
         wanted = ops.round(self.schedule.fraction(step) * self.sparsity * size)
         final = removed_count(size, self.sparsity)
-        removed = ops.where(
-            step >= self.schedule.last_step, final, ops.minimum(ops.cast(wanted, "int32"), final)
-        )
+        removed = ops.where(step >= self.schedule.last_step, final, ops.minimum(ops.cast(wanted, "int32"), final))
 
         def made() -> Any:
             importance = ops.reshape(ops.abs(ops.cast(weight, "float32")) * mask.value, (-1,))

@@ -13,8 +13,10 @@ from dwindle.errors import ConfigError
 class Schedule(Protocol):
     """The fraction of the target sparsity that is due at a training step."""
 
-    frequency: int
-    last_step: int
+    @property
+    def last_step(self) -> int:
+        """The last step at which masks change."""
+        ...
 
     def fraction(self, step: Any) -> Any:
         """Return the share of the target, in [0, 1], at a step (an integer tensor, counted from 0)."""
@@ -38,7 +40,6 @@ class Constant:
     """
 
     begin: int = 0
-    frequency: int = 1
 
     def __post_init__(self) -> None:
         """Check the values."""

@@ -63,13 +63,12 @@ def simulate(
     content: bytes, scheme: Scheme, ranges: Ranges | None, *, name: str, keep_zeros: bool = True
 ) -> LiftedModel:
     """Build the trainable model of the quantized file that ``scheme`` and ``ranges`` give for a float file."""
-    from dwindle.weights import KeepZeros, attach
+    from dwindle.attaching import attach
+    from dwindle.weights import KeepZeros
 
     grids = read_grids(content, write_quantized(content, scheme, ranges))
     stored = None if ranges is None else {tensor: list(pair) for tensor, pair in ranges.items()}
-    twin = build_lifted(
-        content, grids=grids, name=name, quantization={"scheme": scheme.to_dict(), "ranges": stored}
-    )
+    twin = build_lifted(content, grids=grids, name=name, quantization={"scheme": scheme.to_dict(), "ranges": stored})
     if keep_zeros:
         zeros = {}
         for link in twin.links:

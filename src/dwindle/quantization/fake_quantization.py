@@ -9,7 +9,6 @@ import keras
 
 from dwindle.weights import Transform
 
-
 # A quantized bias is kept within half of what an accumulator of 32 bits holds.
 LARGEST_BIAS = 2.0**30
 
@@ -38,9 +37,7 @@ class FakeQuantizedWeight(Transform):
     kind: ClassVar[str] = "fake_quantize"
     order: ClassVar[int] = 30
 
-    def __init__(
-        self, *, bits: int, channel_axes: Sequence[int] = (), input_scale: float | None = None
-    ) -> None:
+    def __init__(self, *, bits: int, channel_axes: Sequence[int] = (), input_scale: float | None = None) -> None:
         self.bits = bits
         self.channel_axes = tuple(channel_axes)
         self.input_scale = input_scale
@@ -112,17 +109,31 @@ class FakeQuantize(keras.layers.Layer):
         scale: ``s``, above 0.
         zero_point: ``z``, an integer of the width.
         bits: 8 or 16.
+        in_training: Whether training rounds too. It does not at the probabilities that a model ends in: one that is
+            rounded to 0 has a loss without a gradient, and nothing downstream could learn from the rounding.
         name: The layer's name.
     """
 
-    def __init__(self, *, scale: float, zero_point: int, bits: int = 8, name: str | None = None, **kwargs: Any) -> None:
+    def __init__(
+        self,
+        *,
+        scale: float,
+        zero_point: int,
+        bits: int = 8,
+        in_training: bool = True,
+        name: str | None = None,
+        **kwargs: Any,
+    ) -> None:
         super().__init__(name=name, **kwargs)
         self.scale = scale
         self.zero_point = zero_point
         self.bits = bits
+        self.in_training = in_training
 
-    def call(self, inputs: Any) -> Any:
+    def call(self, inputs: Any, training: bool | None = None) -> Any:
         """Return the rounded tensor, of the same shape."""
+        if training and not self.in_training:
+            return inputs
         ops = keras.ops
         low, high = quantized_range(self.bits)
         values = ops.cast(inputs, "float32")
@@ -136,5 +147,7 @@ class FakeQuantize(keras.layers.Layer):
 
     def get_config(self) -> dict[str, Any]:
         """Return the grid."""
-        grid = {"scale": self.scale, "zero_point": self.zero_point, "bits": self.bits}
+        grid = {
+            "scale": self.scale, "zero_point": self.zero_point, "bits": self.bits, "in_training": self.in_training,
+        }  # fmt: skip
         return {**super().get_config(), **grid}

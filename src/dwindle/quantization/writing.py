@@ -148,9 +148,9 @@ def read_grids(float_content: bytes, quantized_content: bytes) -> Grids:
     kept = {id(op) for op in real}
     grids = Grids()
     for before, after in zip(original.operations, real, strict=True):
-        for number, tensor in enumerate(after.outputs):
-            if tensor.is_quantized:
-                grids.outputs[before.index, number] = _grid(tensor)
+        for number, made in enumerate(after.outputs):
+            if made.is_quantized:
+                grids.outputs[before.index, number] = _grid(made)
         for position, tensor in enumerate(after.inputs):
             source = before.inputs[position] if position < len(before.inputs) else None
             if tensor is None or source is None or source.dtype != np.float32:
@@ -166,11 +166,11 @@ def read_grids(float_content: bytes, quantized_content: bytes) -> Grids:
             path = _passed(tensor, makers, kept)
             if path:
                 grids.edges[before.index, position] = path
-    for number, (tensor, source) in enumerate(zip(quantized.inputs, original.inputs, strict=True)):
-        if tensor.is_quantized and source.dtype == np.float32:
-            grids.inputs[number] = _grid(tensor)
-    for number, tensor in enumerate(quantized.outputs):
-        path = _passed(tensor, makers, kept)
+    for number, (given, entry) in enumerate(zip(quantized.inputs, original.inputs, strict=True)):
+        if given.is_quantized and entry.dtype == np.float32:
+            grids.inputs[number] = _grid(given)
+    for number, result in enumerate(quantized.outputs):
+        path = _passed(result, makers, kept)
         if path:
             grids.final[number] = path
     return grids
@@ -181,10 +181,8 @@ def _in_original(op: Operation, original: Graph) -> bool:
 
 
 def _grid(tensor: Tensor) -> Grid:
-    assert tensor.scale is not None and tensor.zero_point is not None  # noqa: S101 - callers ask is_quantized
-    return Grid(
-        scale=float(tensor.scale.reshape(-1)[0]), zero_point=int(tensor.zero_point.reshape(-1)[0]), bits=tensor.bits
-    )
+    scale, zero_point = np.ravel(tensor.scale), np.ravel(tensor.zero_point)  # type: ignore[arg-type]
+    return Grid(scale=float(scale[0]), zero_point=int(zero_point[0]), bits=tensor.bits)
 
 
 def _passed(tensor: Tensor, makers: dict[int, Operation], kept: set[int]) -> tuple[Grid, ...]:
@@ -202,10 +200,8 @@ def _passed(tensor: Tensor, makers: dict[int, Operation], kept: set[int]) -> tup
 
 def _stored(tensor: Tensor, makers: dict[int, Operation]) -> Tensor | None:
     """Return the constant behind a tensor, through a DEQUANTIZE if there is one."""
-    while tensor.value is None:
-        maker = makers.get(tensor.index)
-        source = maker.inputs[0] if maker is not None and maker.name in _INSERTED else None
-        if source is None:
-            return None
-        tensor = source
-    return tensor
+    found: Tensor | None = tensor
+    while found is not None and found.value is None:
+        maker = makers.get(found.index)
+        found = maker.inputs[0] if maker is not None and maker.name in _INSERTED else None
+    return found

@@ -35,7 +35,9 @@ def verdict_line(report: Mapping[str, Any]) -> str:
         return "All goals met."
     if not missed:
         return "The goals are not met."
-    return "Not met; the nearest file that was measured. Missed: " + "; ".join(verdict["text"] for verdict in missed) + "."
+    return (
+        "Not met; the nearest file that was measured. Missed: " + "; ".join(verdict["text"] for verdict in missed) + "."
+    )
 
 
 def render_html(report: Mapping[str, Any]) -> str:
@@ -117,12 +119,12 @@ def _snippets(report: Mapping[str, Any]) -> list[dict[str, str]]:
         "import numpy as np\nfrom ai_edge_litert.interpreter import Interpreter\n\n"
         'interpreter = Interpreter("model.tflite", num_threads=1)\ninterpreter.allocate_tensors()\n'
         "entry, result = interpreter.get_input_details()[0], interpreter.get_output_details()[0]\n"
-        f'x = np.zeros({list(shape)}, np.float32)  # one sample, scaled as in training\n'
+        f"x = np.zeros({list(shape)}, np.float32)  # one sample, scaled as in training\n"
         'interpreter.set_tensor(entry["index"], x)\ninterpreter.invoke()\n'
         'print(interpreter.get_tensor(result["index"]))'
     )
     kotlin = (
-        "// build.gradle: implementation(\"com.google.ai.edge.litert:litert:1.+\")\n"
+        '// build.gradle: implementation("com.google.ai.edge.litert:litert:1.+")\n'
         "import org.tensorflow.lite.Interpreter\nimport org.tensorflow.lite.support.common.FileUtil\n\n"
         'val interpreter = Interpreter(FileUtil.loadMappedFile(context, "model.tflite"))\n'
         f"val input = java.nio.ByteBuffer.allocateDirect({4 * floats}).order(java.nio.ByteOrder.nativeOrder())\n"

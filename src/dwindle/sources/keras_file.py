@@ -19,7 +19,7 @@ def read(path: Path, trust: bool) -> Any:
     # Registers dwindle's own layers, so that files saved in the middle of a technique load.
     import dwindle.distillation
     import dwindle.lifting
-    import dwindle.weights  # noqa: F401
+    import dwindle.transformed_layers  # noqa: F401
 
     config = _config(path)
     if not trust and (where := _code_in(config)):
@@ -39,7 +39,7 @@ def _config(path: Path) -> Any:
             return json.loads(archive.read(info))
     except (zipfile.BadZipFile, KeyError, ValueError, EOFError):
         raise UnsupportedModelError(
-            f"`{path}` is no Keras file (not a zip archive with a `config.json`, or damaged); save one with model.save()"
+            f"`{path}` is no Keras file (a zip archive with a `config.json`), or damaged; save one with model.save()"
         ) from None
 
 
