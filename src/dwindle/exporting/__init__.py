@@ -20,6 +20,7 @@ from dwindle.quantization import (
     Scheme,
     calibrate,
     calibration_samples,
+    input_shapes,
     resolve_scheme,
     simulate,
     write_quantized,
@@ -99,7 +100,7 @@ def export(
     if data is None and not (chosen.needs_data and not trained):
         samples = tuple(random_input(t.shape[1:], t.dtype, RANDOM_SAMPLES) for t in read_graph(content).inputs)
     else:
-        samples = calibration_samples(model, data, limit=max(verify_samples, 512))
+        samples = calibration_samples(input_shapes(model, content), data, limit=max(verify_samples, 512))
     inputs = [np.asarray(array[:verify_samples]) for array in samples]
     written, twin, bound, reference = content, model, BOUNDS["float32"], "the Keras model"
     if chosen.weights == 16:

@@ -16,7 +16,7 @@ import keras
 import numpy as np
 
 from dwindle.errors import ConfigError, ConversionError
-from dwindle.lifting.flatbuffer import read_graph, resizable
+from dwindle.lifting.flatbuffer import ordered, read_graph, resizable
 
 
 def float_file(model: keras.Model) -> bytes:
@@ -58,15 +58,16 @@ def _convert(model: keras.Model) -> bytes:
             packed: Any = values[0] if len(values) == 1 else list(values)
         else:
             packed = keras.tree.pack_sequence_as(structure, list(values))
-        return model(packed, training=False)
+        results = keras.tree.flatten(model(packed, training=False))
+        return {_output_name(model, number, len(results)): value for number, value in enumerate(results)}
 
     module = tf.Module()
-    module.serve = tf.function(serve, input_signature=specs)
+    module.serve = tf.function(serve, input_signature=specs, autograph=False)
     module.variables_kept = [variable.value for variable in model.variables]
     with tempfile.TemporaryDirectory() as folder, _quiet():
         try:
             tf.saved_model.save(module, folder, signatures={"serving_default": module.serve.get_concrete_function()})
-            return _convert_folder(tf, folder)
+            return ordered(_convert_folder(tf, folder), [spec.name for spec in specs])
         except Exception as error:
             raise ConversionError(f"`{model.name}` can't be converted to LiteRT: {_reason(error)}") from error
 
@@ -94,12 +95,27 @@ def _convert_folder(tf: Any, folder: str) -> bytes:
     return bytes(converter.convert())
 
 
+def _output_name(model: keras.Model, number: int, count: int) -> str:
+    """Return a name that sorts as the outputs are ordered: the layer's, or a number where there are several."""
+    names = list(getattr(model, "output_names", None) or [])
+    name = _safe(names[number]) if len(names) == count else "output"
+    return name if count == 1 else f"output_{number:02d}_{name}"
+
+
 def _input_tensors(model: keras.Model) -> list[Any]:
     inputs = getattr(model, "inputs", None)
     if inputs:
         return list(inputs)
+    # A subclassed model knows the shapes that it was first called with.
+    built = model.get_build_config() or {}
+    shapes = [built["input_shape"]] if built.get("input_shape") else list((built.get("shapes_dict") or {}).values())
+    if shapes and all(isinstance(shape, tuple | list) and not isinstance(shape[-1], tuple | list) for shape in shapes):
+        return [
+            keras.KerasTensor((None, *shape[1:]), dtype="float32", name=f"input_{number}" if number else "input")
+            for number, shape in enumerate(shapes)
+        ]
     raise ConversionError(
-        f"`{model.name}` is a subclassed model whose input shapes are not known; call it once on a batch of data, "
+        f"`{model.name}` is a subclassed model whose input shapes are not known; call it once on a batch of arrays, "
         "or wrap it: keras.Model(x, model(x)) with x = keras.Input(shape)"
     )
 

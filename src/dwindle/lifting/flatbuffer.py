@@ -328,3 +328,22 @@ def resizable(content: bytes) -> bytes:
     for buffer, sizes in shapes:
         model.buffers[buffer].data = np.array([-1, *sizes[1:]], dtype=np.int32).view(np.uint8)
     return serialize(model)
+
+
+def ordered(content: bytes, inputs: list[str]) -> bytes:
+    """Return the file with its inputs in the given order of signature names, and its outputs sorted by name.
+
+    The converter orders both as it likes; a model's callers count on the model's order.
+    """
+    model = parse(content)
+    if not model.signatureDefs:
+        return content
+    main, signature = model.subgraphs[0], model.signatureDefs[0]
+    by_name = {entry.name.decode("utf8"): entry.tensorIndex for entry in signature.inputs or []}
+    results = sorted((entry.name.decode("utf8"), entry.tensorIndex) for entry in signature.outputs or [])
+    if sorted(by_name.values()) != sorted(_list(main.inputs)) or set(by_name) != set(inputs):
+        return content
+    main.inputs = np.array([by_name[name] for name in inputs], np.int32)
+    if sorted(index for _, index in results) == sorted(_list(main.outputs)):
+        main.outputs = np.array([index for _, index in results], np.int32)
+    return serialize(model)

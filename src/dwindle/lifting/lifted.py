@@ -245,8 +245,11 @@ class _Builder:
         inputs = []
         for position, tensor in enumerate(operation.inputs):
             value = None if tensor is None or tensor.value is not None else self.values[tensor.index]
+            before = None if tensor is None else self._on_grid.get(tensor.index)
             for step in self.grids.edges.get((operation.index, position), ()):
-                value = self._fake_quantize(value, step, tensor.name if tensor else "")
+                scale = None if before is None else before.scale
+                value = self._fake_quantize(value, step, tensor.name if tensor else "", input_scale=scale)
+                before = step
             inputs.append(value)
         results = OPERATORS[operation.name](self, operation, inputs)
         results = results if isinstance(results, list) else [results]
@@ -259,20 +262,22 @@ class _Builder:
                 self.values[tensor.index] = value
                 self._on_grid[tensor.index] = grid
             else:
-                self.values[tensor.index] = self._round(value, grid, tensor)
+                half_away = operation.name == "AVERAGE_POOL_2D"
+                self.values[tensor.index] = self._round(value, grid, tensor, half_away=half_away)
 
-    def _round(self, value: Any, grid: Grid | None, tensor: Tensor) -> Any:
+    def _round(self, value: Any, grid: Grid | None, tensor: Tensor, *, half_away: bool = False) -> Any:
         if grid is None:
             return value
         self._on_grid[tensor.index] = grid
-        return self._fake_quantize(value, grid, tensor.name, probabilities=tensor.index in self._probabilities)
+        quiet = tensor.index in self._probabilities
+        return self._fake_quantize(value, grid, tensor.name, in_training=not quiet, half_away=half_away)
 
-    def _fake_quantize(self, value: Any, grid: Grid, name: str, *, probabilities: bool = False) -> Any:
+    def _fake_quantize(self, value: Any, grid: Grid, name: str, **options: Any) -> Any:
         from dwindle.quantization.fake_quantization import FakeQuantize
 
         layer = FakeQuantize(
-            scale=grid.scale, zero_point=grid.zero_point, bits=grid.bits, in_training=not probabilities,
-            name=self._name(f"{_short(name)}_quantized"),
+            scale=grid.scale, zero_point=grid.zero_point, bits=grid.bits,
+            name=self._name(f"{_short(name)}_quantized"), **options,
         )  # fmt: skip
         return layer(value)
 
@@ -285,7 +290,11 @@ class _Builder:
         return clean if count == 0 else self._name(f"{clean}_{count}")
 
     def layer(self, factory: Callable[..., Any], operation: Operation, **options: Any) -> Any:
-        layer = factory(name=self._name(_short(operation.outputs[0].name)), **options)
+        # The kernel's name says which layer it is; the output's may be that of a fused activation.
+        kernel = operation.inputs[1] if len(operation.inputs) > 1 else None
+        weighted = kernel is not None and kernel.value is not None and kernel.dtype == np.float32
+        source = kernel.name if kernel is not None and weighted and "/" in kernel.name else operation.outputs[0].name
+        layer = factory(name=self._name(_short(source)), **options)
         self._operations[layer.name] = operation.index
         return layer
 

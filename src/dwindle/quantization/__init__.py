@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import keras
 import numpy as np
 
 from dwindle.errors import ConfigError, DataError
+from dwindle.lifting.flatbuffer import read_graph
 from dwindle.lifting.lifted import LiftedModel, build_lifted
 from dwindle.quantization.calibration import Ranges, calibrate
 from dwindle.quantization.schemes import SCHEMES, Scheme, resolve_scheme
 from dwindle.quantization.writing import IO_TYPES, read_grids, write_quantized
 
-__all__ = ["IO_TYPES", "SCHEMES", "Scheme", "calibrate", "calibration_samples", "quantize", "resolve_scheme",
+__all__ = ["IO_TYPES", "SCHEMES", "Scheme", "calibrate", "calibration_samples",
+    "input_shapes", "quantize", "resolve_scheme",
            "simulate", "write_quantized"]  # fmt: skip
 
 CALIBRATION_SAMPLES = 512
@@ -55,7 +58,7 @@ def quantize(
     content = float_file(model)
     ranges = None
     if chosen.needs_data:
-        ranges = calibrate(content, calibration_samples(model, data))
+        ranges = calibrate(content, calibration_samples(input_shapes(model, content), data))
     return simulate(content, chosen, ranges, name=model.name, keep_zeros=keep_zeros)
 
 
@@ -83,8 +86,21 @@ def simulate(
     return twin
 
 
-def calibration_samples(model: keras.Model, data: Any, *, limit: int = CALIBRATION_SAMPLES) -> tuple[np.ndarray, ...]:
-    """Return calibration arrays, one per input of the model, at most ``limit`` samples.
+def input_shapes(model: keras.Model, content: bytes) -> list[tuple[int | None, ...]]:
+    """Return the shape of each input without the batch axis: the model's, else that of its float file."""
+    tensors = getattr(model, "inputs", None) or read_graph(content).inputs
+    return [tuple(tensor.shape[1:]) for tensor in tensors]
+
+
+def calibration_samples(
+    shapes: Sequence[tuple[int | None, ...]], data: Any, *, limit: int = CALIBRATION_SAMPLES
+) -> tuple[np.ndarray, ...]:
+    """Return calibration arrays, one per input, at most ``limit`` samples.
+
+    Args:
+        shapes: What `input_shapes` returns.
+        data: What the user passed.
+        limit: How many samples are taken.
 
     Raises:
         DataError: If there are none, or they do not fit the model's inputs.
@@ -95,7 +111,6 @@ def calibration_samples(model: keras.Model, data: Any, *, limit: int = CALIBRATI
             "pass a few hundred training samples (no labels needed), or use scheme `int8-dynamic`"
         )
     arrays = _arrays(data)
-    shapes = [tuple(tensor.shape[1:]) for tensor in model.inputs]
     if len(arrays) != len(shapes):
         raise DataError(f"calibration data has {len(arrays)} arrays and the model has {len(shapes)} inputs")
     for array, shape in zip(arrays, shapes, strict=True):

@@ -109,6 +109,9 @@ class FakeQuantize(keras.layers.Layer):
         scale: ``s``, above 0.
         zero_point: ``z``, an integer of the width.
         bits: 8 or 16.
+        half_away: Whether halves are rounded away from zero, as LiteRT's average pooling does, not to even.
+        input_scale: Scale of the input where it lies on a grid already and is only moved to another. LiteRT's kernel
+            does that with the ratio of the scales in steps of 1/256.
         in_training: Whether training rounds too. It does not at the probabilities that a model ends in: one that is
             rounded to 0 has a loss without a gradient, and nothing downstream could learn from the rounding.
         name: The layer's name.
@@ -120,6 +123,8 @@ class FakeQuantize(keras.layers.Layer):
         scale: float,
         zero_point: int,
         bits: int = 8,
+        half_away: bool = False,
+        input_scale: float | None = None,
         in_training: bool = True,
         name: str | None = None,
         **kwargs: Any,
@@ -128,6 +133,8 @@ class FakeQuantize(keras.layers.Layer):
         self.scale = scale
         self.zero_point = zero_point
         self.bits = bits
+        self.half_away = half_away
+        self.input_scale = input_scale
         self.in_training = in_training
 
     def call(self, inputs: Any, training: bool | None = None) -> Any:
@@ -138,7 +145,16 @@ class FakeQuantize(keras.layers.Layer):
         low, high = quantized_range(self.bits)
         values = ops.cast(inputs, "float32")
         inside = ops.clip(values, (low - self.zero_point) * self.scale, (high - self.zero_point) * self.scale)
-        rounded = (ops.clip(ops.round(values / self.scale) + self.zero_point, low, high) - self.zero_point) * self.scale
+        steps = ops.round(values / self.scale) + self.zero_point
+        if self.half_away:
+            # Means of integers: the margin takes up float rounding, and is far below the distance between two means.
+            means = values / self.scale + self.zero_point
+            steps = ops.sign(means) * ops.floor(ops.abs(means) + 0.5 + 1e-3)
+        ratio = 0.0 if self.input_scale is None else self.input_scale / self.scale
+        if self.input_scale is not None and 1 / 256 <= ratio < 128:
+            moved = ops.round(values / self.input_scale) * (round(256 * ratio) / 256)
+            steps = ops.floor(moved + 0.5) + self.zero_point
+        rounded = (ops.clip(steps, low, high) - self.zero_point) * self.scale
         return ops.cast(inside + ops.stop_gradient(rounded - inside), inputs.dtype)
 
     def compute_output_shape(self, input_shape: Any) -> Any:
@@ -148,6 +164,7 @@ class FakeQuantize(keras.layers.Layer):
     def get_config(self) -> dict[str, Any]:
         """Return the grid."""
         grid = {
-            "scale": self.scale, "zero_point": self.zero_point, "bits": self.bits, "in_training": self.in_training,
+            "scale": self.scale, "zero_point": self.zero_point, "bits": self.bits, "half_away": self.half_away,
+            "input_scale": self.input_scale, "in_training": self.in_training,
         }  # fmt: skip
         return {**super().get_config(), **grid}

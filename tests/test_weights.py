@@ -1,0 +1,81 @@
+"""Transforms hang on weights: same layers, same names, saved and loaded, baked in by finalize."""
+
+from __future__ import annotations
+
+import keras
+import numpy as np
+import pytest
+from zoo import ZOO, outputs, samples, settle
+
+import dwindle as dw
+from dwindle.attaching import attached, effective_weights
+from dwindle.weights import transform_from_dict
+
+GRAPHS = [name for name in ZOO if name != "subclassed"]
+
+
+def _fit_a_little(model, inputs):
+    targets = [np.zeros_like(value) for value in outputs(model, inputs)]
+    model.compile("adam", loss=["mse"] * len(targets))
+    model.fit(inputs[0] if len(inputs) == 1 else inputs, targets[0] if len(targets) == 1 else targets, verbose=0)
+
+
+@pytest.mark.parametrize("name", GRAPHS)
+def test_pruning_keeps_layers_trains_saves_and_bakes(name, tmp_path):
+    model = settle(ZOO[name]())
+    before = [v.numpy().copy() for v in model.variables]
+    inputs = samples(model, 16)
+    pruned = dw.prune(model, 0.5)
+    assert [(layer.name, tuple(w.shape for w in layer.weights[:1])) for layer in pruned.layers] == [
+        (layer.name, tuple(w.shape for w in layer.weights[:1])) for layer in model.layers
+    ]
+    _fit_a_little(pruned, inputs)
+    for weight in effective_weights(pruned).values():
+        assert (weight == 0).sum() == round(weight.size * 0.5)
+    pruned.save(tmp_path / "pruned.keras")
+    loaded = dw.load(tmp_path / "pruned.keras")
+    plain = dw.finalize(pruned)
+    assert plain.count_params() == model.count_params()
+    assert not attached(plain)
+    for twin in (loaded, plain):
+        for found, expected in zip(outputs(twin, inputs), outputs(pruned, inputs), strict=True):
+            np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6)
+    assert all(np.array_equal(a, v.numpy()) for a, v in zip(before, model.variables, strict=True))
+
+
+@pytest.mark.parametrize("name", GRAPHS)
+def test_finalizing_a_plain_model_changes_nothing(name):
+    model = settle(ZOO[name]())
+    inputs = samples(model, 8)
+    for found, expected in zip(outputs(dw.finalize(model), inputs), outputs(model, inputs), strict=True):
+        np.testing.assert_array_equal(found, expected)
+
+
+def test_a_plain_model_file_does_not_need_dwindle(tmp_path):
+    plain = dw.finalize(dw.prune(ZOO["conv_bn_relu"](), 0.5))
+    assert all(type(layer).__module__.startswith("keras.") for layer in plain.layers)
+    plain.save(tmp_path / "plain.keras")
+    assert b"dwindle" not in (tmp_path / "plain.keras").read_bytes()
+
+
+def test_transforms_stack_in_their_order_whatever_the_order_of_calls():
+    model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(4, name="d")])
+    twice = dw.prune(dw.prune(model, 0.25, l1=1e-3), 0.5)
+    kinds = [transform.kind for transform in attached(twice)["d", "kernel"]]
+    assert kinds == ["mask", "l1"]
+    assert (effective_weights(twice)["d", "kernel"] == 0).sum() == 8
+
+
+def test_unknown_transform_kind_is_named():
+    with pytest.raises(dw.ConfigError, match=r"'msk'.*did you mean `mask`"):
+        transform_from_dict({"kind": "msk"})
+
+
+def test_a_subclassed_model_says_what_to_do_and_can_be_lifted():
+    model = ZOO["subclassed"]()
+    with pytest.raises(dw.UnsupportedModelError, match=r"dw\.lift"):
+        dw.prune(model, 0.5)
+    inputs = samples(model, 8)
+    lifted = dw.lift(model)
+    np.testing.assert_allclose(outputs(lifted, inputs)[0], outputs(model, inputs)[0], rtol=1e-5, atol=1e-6)
+    assert [(w == 0).mean() for w in effective_weights(dw.prune(lifted, 0.5)).values()] == [0.5, 0.5]

@@ -1,0 +1,185 @@
+"""Small models of every kind that users bring. Each function returns a built, untrained Keras model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import keras
+import numpy as np
+
+L = keras.layers
+ZOO: dict[str, Callable[[], keras.Model]] = {}
+
+
+def entry(function: Callable[[], keras.Model]) -> Callable[[], keras.Model]:
+    ZOO[function.__name__] = function
+    return function
+
+
+def _conv_bn(x, filters, *, strides=1, size=3, relu=True):
+    x = L.Conv2D(filters, size, strides=strides, padding="same", use_bias=False)(x)
+    x = L.BatchNormalization()(x)
+    return L.ReLU()(x) if relu else x
+
+
+@entry
+def mlp():
+    return keras.Sequential(
+        [
+            keras.Input((12,)),
+            L.Dense(16, activation="relu"),
+            L.Dense(8, activation="tanh"),
+            L.Dense(4, activation="softmax"),
+        ]
+    )
+
+
+@entry
+def conv_bn_relu():
+    x = inputs = keras.Input((12, 12, 3))
+    x = _conv_bn(x, 8)
+    x = L.MaxPooling2D()(x)
+    x = _conv_bn(x, 8, strides=2)
+    return keras.Model(inputs, L.Dense(4)(L.Flatten()(x)))
+
+
+@entry
+def residual():
+    inputs = keras.Input((12, 12, 3))
+    x = _conv_bn(inputs, 8)
+    y = _conv_bn(_conv_bn(x, 8), 8, relu=False)
+    x = L.ReLU()(L.Add()([x, y]))
+    return keras.Model(inputs, L.Dense(4, activation="softmax")(L.GlobalAveragePooling2D()(x)))
+
+
+@entry
+def concat():
+    inputs = keras.Input((12, 12, 3))
+    x = L.Concatenate()([L.Conv2D(4, 3, padding="same", activation="relu")(inputs), L.Conv2D(4, 1)(inputs)])
+    x = L.AveragePooling2D(2)(x)
+    return keras.Model(inputs, L.Dense(4)(L.Flatten()(x)))
+
+
+@entry
+def depthwise():
+    inputs = keras.Input((12, 12, 3))
+    x = L.ZeroPadding2D(1)(inputs)
+    x = L.DepthwiseConv2D(3, depth_multiplier=2)(x)
+    x = L.BatchNormalization()(x)
+    x = L.ReLU(6.0)(x)
+    x = L.SeparableConv2D(8, 3, strides=2)(x)
+    return keras.Model(inputs, L.Dense(4, activation="softmax")(L.GlobalMaxPooling2D()(x)))
+
+
+@entry
+def grouped():
+    inputs = keras.Input((12, 12, 4))
+    x = L.Conv2D(8, 3, groups=2, activation="relu")(inputs)
+    x = L.Conv2D(8, 3, dilation_rate=2, activation="sigmoid")(x)
+    return keras.Model(inputs, L.Dense(4)(L.Flatten()(x)))
+
+
+@entry
+def shared_layer():
+    inputs = keras.Input((12,))
+    shared = L.Dense(12, activation="relu", name="shared")
+    return keras.Model(inputs, L.Dense(4)(shared(shared(inputs))))
+
+
+@entry
+def nested():
+    block = keras.Sequential([keras.Input((12,)), L.Dense(10, activation="relu"), L.Dense(6)], name="block")
+    inputs = keras.Input((12,))
+    return keras.Model(inputs, L.Dense(4)(block(inputs)))
+
+
+@entry
+def several_inputs_and_outputs():
+    image, vector = keras.Input((8, 8, 1), name="image"), keras.Input((6,), name="vector")
+    x = L.Concatenate()([L.Flatten()(L.Conv2D(4, 3, activation="relu")(image)), L.Dense(8)(vector)])
+    return keras.Model([image, vector], [L.Dense(4, name="a")(x), L.Dense(2, activation="sigmoid", name="b")(x)])
+
+
+@entry
+def squeeze_excite():
+    inputs = keras.Input((12, 12, 3))
+    x = L.Conv2D(8, 3, activation="hard_swish" if hasattr(keras.activations, "hard_swish") else "relu")(inputs)
+    gate = L.GlobalAveragePooling2D(keepdims=True)(x)
+    gate = L.Conv2D(8, 1, activation="sigmoid")(L.Conv2D(4, 1, activation="relu")(gate))
+    x = L.Multiply()([x, gate])
+    return keras.Model(inputs, L.Dense(4)(L.GlobalAveragePooling2D()(x)))
+
+
+@entry
+def rescaled():
+    inputs = keras.Input((8, 8, 1))
+    x = L.Rescaling(1 / 127.5, offset=-1.0)(inputs)
+    x = L.LeakyReLU(0.1)(L.Conv2D(4, 3)(x))
+    return keras.Model(inputs, L.Dense(4)(L.Flatten()(x)))
+
+
+@entry
+def attention():
+    inputs = keras.Input((6, 8))
+    x = L.MultiHeadAttention(2, 4)(inputs, inputs)
+    x = L.LayerNormalization()(L.Add()([x, inputs]))
+    return keras.Model(inputs, L.Dense(4)(L.GlobalAveragePooling1D()(x)))
+
+
+@entry
+def recurrent():
+    return keras.Sequential([keras.Input((5, 6)), L.LSTM(7, unroll=True), L.Dense(4)])
+
+
+@keras.saving.register_keras_serializable("zoo")
+class Doubling(L.Layer):
+    def call(self, inputs):
+        return inputs * 2.0
+
+
+@entry
+def custom_layer():
+    inputs = keras.Input((12,))
+    return keras.Model(inputs, L.Dense(4)(Doubling()(L.Dense(8, activation="relu")(inputs))))
+
+
+@keras.saving.register_keras_serializable("zoo")
+class Subclassed(keras.Model):
+    def __init__(self, **kwargs):
+        super().__init__(**kwargs)
+        self.first = L.Dense(8, activation="relu")
+        self.second = L.Dense(4)
+
+    def call(self, inputs):
+        return self.second(self.first(inputs))
+
+
+@entry
+def subclassed():
+    model = Subclassed()
+    model(np.zeros((1, 12), np.float32))
+    return model
+
+
+def samples(model: keras.Model, count: int, seed: int = 0) -> list[np.ndarray]:
+    """Return seeded inputs for a model, one array per input."""
+    generator = np.random.default_rng(seed)
+    shapes = [tuple(t.shape[1:]) for t in model.inputs] if getattr(model, "inputs", None) else [(12,)]
+    return [generator.normal(size=(count, *shape)).astype(np.float32) for shape in shapes]
+
+
+def outputs(model: keras.Model, inputs: list[np.ndarray]) -> list[np.ndarray]:
+    """Return a model's outputs as a flat list of arrays."""
+    feed = inputs[0] if len(inputs) == 1 else inputs
+    return [np.asarray(value) for value in keras.tree.flatten(model.predict(feed, verbose=0))]
+
+
+def settle(model: keras.Model, seed: int = 0) -> keras.Model:
+    """Give a model weights as after training: non-zero biases, moving averages that fit the data."""
+    generator = np.random.default_rng(seed)
+    for variable in model.weights:
+        if variable.name in ("bias", "beta", "moving_mean"):
+            variable.assign(generator.normal(0, 0.1, variable.shape))
+        elif variable.name in ("gamma", "moving_variance"):
+            variable.assign(generator.uniform(0.5, 1.5, variable.shape))
+    return model
