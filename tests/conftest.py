@@ -44,5 +44,5 @@ def trained(digits):
     keras.utils.set_random_seed(0)
     model = small_cnn()
     model.compile(keras.optimizers.Adam(3e-3), "sparse_categorical_crossentropy", metrics=["accuracy"])
-    model.fit(*digits[0], epochs=3, batch_size=64, verbose=0)
+    model.fit(*digits[0], epochs=6, batch_size=32, verbose=0)
     return model

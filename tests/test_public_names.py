@@ -46,3 +46,13 @@ def test_help_starts_quickly_enough_to_be_typed():
         times.append(time.perf_counter() - begun)
     # The promise is 0.5 s on an idle machine; a framework import, which this guards against, takes several seconds.
     assert min(times) < 1.5
+
+
+def test_measuring_and_inspecting_a_file_import_no_training_framework(tmp_path, trained):
+    dwindle.export(trained, tmp_path / "model.tflite")
+    code = (
+        f"import sys, dwindle; path = {str(tmp_path / 'model.tflite')!r}; dwindle.inspect_file(path); "
+        "dwindle.measure(path); print(sorted({'keras', 'tensorflow', 'torch', 'jax'} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"

@@ -49,6 +49,14 @@ def _quiet_frameworks() -> None:
     logging.getLogger("tensorflow").setLevel(logging.ERROR)
 
 
+def _start_keras() -> None:
+    """Import Keras without the lines that its backend prints as it starts."""
+    from dwindle.measuring.litert import quiet_stderr
+
+    with quiet_stderr():
+        import keras  # noqa: F401
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="dwindle",
@@ -180,6 +188,7 @@ def _compress(options: argparse.Namespace) -> int:
 
     _check_exists(options.model)
     data = read_data(options.data, rescale=factor, seed=options.seed)
+    _start_keras()
     model = load(options.model, trust=options.trust)
     if options.dry_run:
         return _dry_run(model, goals, plan, options)
@@ -243,6 +252,7 @@ def _convert(options: argparse.Namespace) -> int:
         resolve_scheme(options.scheme, "--scheme")
     from dwindle.loading import load
 
+    _start_keras()
     model = load(options.model, trust=options.trust)
     if out.suffix.lower() == ".keras":
         if options.scheme not in (None, "float32"):
@@ -314,6 +324,7 @@ def _inspect(options: argparse.Namespace) -> int:
     else:
         from dwindle.loading import load
 
+        _start_keras()
         found = inspect_model(load(options.file, trust=options.trust))
     if options.json:
         print(json.dumps(found.to_dict(), indent=2))
@@ -327,6 +338,7 @@ def _demo(options: argparse.Namespace) -> int:
     from dwindle.compressing.store import check_out_folder
 
     check_out_folder(options.out, resume=options.resume, force=options.force)
+    _start_keras()
     from dwindle.demo import run_demo
 
     result = run_demo(

@@ -22,7 +22,15 @@ from dwindle.errors import ConfigError, DataError
 from dwindle.exporting import output_quanta, predict
 from dwindle.exporting.verify import BOUNDS, compare
 from dwindle.files import write_text
-from dwindle.measuring import LiteRTRunner, compare_latency, environment, higher_is_better, inspect_file, measure
+from dwindle.measuring import (
+    LiteRTRunner,
+    check_metric,
+    compare_latency,
+    environment,
+    higher_is_better,
+    inspect_file,
+    measure,
+)
 from dwindle.quantization.schemes import resolve_scheme
 from dwindle.reporting import write_report
 
@@ -107,11 +115,12 @@ def compress(
         raise ConfigError("`goals` is None; pass dw.Goals(max_drop=0.01, max_size='100KB') or the like")
     if epochs < 1:
         raise ConfigError(f"`epochs` is {epochs}; it must be at least 1")
+    check_metric(metric)
     check_out_folder(out, resume=resume, force=force)
     fitted = _data_for(model, train, validation, test, data)
     begun = time.monotonic()
     say = say or _silent
-    marks = {"model": fingerprint(model), "data": fitted.sha256, "seed": seed, "epochs": epochs}
+    marks = {"seed": seed, "epochs": epochs, "model": fingerprint(model), "data": fitted.sha256}
     store = Store(out, marks, resume=resume, force=force)
     teaches = len(model.outputs) == 1 and len(model.outputs[0].shape) == 2 and int(model.outputs[0].shape[1] or 0) > 1
     loss = training_loss(model, None if fitted.train is None else fitted.train.y)

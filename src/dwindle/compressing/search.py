@@ -62,7 +62,9 @@ class Search:
 
     def run(self) -> None:
         """Try plans until the goals are met as cheaply as this search knows how."""
-        self._try(ORIGINAL)
+        original = self._try(ORIGINAL)
+        if original["status"] != "done":
+            raise ConversionError(f"the original can't be exported and measured: {original['reason']}")
         if self.plan is not None:
             self._try(self.plan)
             return

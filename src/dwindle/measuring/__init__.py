@@ -13,14 +13,15 @@ from typing import Any
 import numpy as np
 
 from dwindle.errors import DataError
-from dwindle.measuring.accuracy import evaluate, higher_is_better
+from dwindle.measuring.accuracy import check_metric, evaluate, higher_is_better
 from dwindle.measuring.inspecting import Inspection, Row, inspect_file, inspect_model
 from dwindle.measuring.latency import Latency, compare_latency, measure_latency
 from dwindle.measuring.litert import LiteRTRunner, read_content
 from dwindle.measuring.memory import Memory, measure_memory
 
 __all__ = [
-    "Inspection", "Latency", "LiteRTRunner", "Measurement", "Memory", "Row", "compare_latency", "environment",
+    "Inspection", "Latency", "LiteRTRunner", "Measurement", "Memory", "Row", "check_metric", "compare_latency",
+    "environment",
     "evaluate", "higher_is_better", "inspect_file", "inspect_model", "measure", "measure_latency", "measure_memory",
 ]  # fmt: skip
 
@@ -99,6 +100,7 @@ def measure(file: str | Path, data: Any = None, metric: Any = "accuracy", *, thr
         UnsupportedModelError: If it is no LiteRT file, or LiteRT can't run it.
     """
     path = Path(file)
+    check_metric(metric)
     content = read_content(path)
     runner = LiteRTRunner(content)
     value, samples = None, 0

@@ -67,6 +67,16 @@ def evaluate(outputs: np.ndarray, y: np.ndarray, metric: Any = "accuracy") -> fl
     return float(own.result())
 
 
+def check_metric(metric: Any) -> None:
+    """Raise before any work is done if a metric's name is not known.
+
+    Raises:
+        ConfigError: With the nearest name that is.
+    """
+    if isinstance(metric, str) and metric != "accuracy":
+        _by_name(metric)
+
+
 def _by_name(name: str) -> Any:
     import keras
 
