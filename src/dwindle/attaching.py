@@ -13,7 +13,7 @@ import keras
 import numpy as np
 
 from dwindle.transformed_layers import resolve
-from dwindle.weights import Transform, check_model, raw_variable, walk_layers
+from dwindle.weights import Transform, check_model, is_graph, raw_variable, walk_layers
 
 
 def rebuild(
@@ -57,6 +57,28 @@ def rebuild(
     if hasattr(model, "float_file"):
         new.float_file = model.float_file
     return new
+
+
+def full_precision(model: keras.Model) -> keras.Model:
+    """Return a twin that computes in float32 where ``model`` is set to lower precision; ``model`` itself otherwise.
+
+    Args:
+        model: A functional or sequential model. A subclassed one is returned as it is.
+    """
+    lower = {"float16", "bfloat16"}
+    if not any(getattr(layer, "compute_dtype", None) in lower for _, layer in walk_layers(model)):
+        return model
+    if not is_graph(model):
+        return model
+
+    def raised(config: Any) -> Any:
+        if isinstance(config, dict):
+            if config.get("class_name") == "DTypePolicy":
+                return {**config, "config": {"name": "float32"}}
+            return {key: raised(value) for key, value in config.items()}
+        return [raised(value) for value in config] if isinstance(config, list) else config
+
+    return rebuild(model, lambda _, entry: raised(entry))
 
 
 def copy_variables(source: keras.Model, target: keras.Model, *, copy_states: bool = True) -> None:

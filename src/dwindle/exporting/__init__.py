@@ -10,6 +10,7 @@ from typing import Any
 import keras
 import numpy as np
 
+from dwindle.attaching import full_precision
 from dwindle.errors import ConfigError, UnsupportedModelError, check_choice
 from dwindle.exporting.convert import float_file, random_input
 from dwindle.exporting.verify import BOUNDS, Bound, Verification, compare, require
@@ -95,8 +96,11 @@ def export(
         raise ConfigError(
             f"`io_type` is {io_type!r}, but a file of scheme `{chosen.name}` has float inputs; leave it out"
         )
-    content = float_file(model)
     notes: list[str] = []
+    if isinstance(model, keras.Model) and (raised := full_precision(model)) is not model:
+        model = raised
+        notes.append("the model computes in lower precision; the file and what it is compared with in float32")
+    content = float_file(model)
     if data is None and not (chosen.needs_data and not trained):
         samples = tuple(random_input(t.shape[1:], t.dtype, RANDOM_SAMPLES) for t in read_graph(content).inputs)
     else:
@@ -156,14 +160,18 @@ def _reference(
 
 
 def _float_operators(content: bytes) -> list[str]:
-    """Say which operators with weights stayed float."""
-    kept = [
-        f"{operation.name} `{operation.outputs[0].name}`"
-        for operation in read_graph(content).operations
-        for tensor in operation.inputs[1:2]
-        if tensor is not None and tensor.value is not None and tensor.dtype == np.float32 and tensor.value.size > 1
-    ]
-    return [f"stays float32: {name}" for name in kept]
+    """Say which operators of a quantized file compute in float, other than those that convert."""
+    static = read_graph(content)
+    quantized = any(tensor.is_quantized for operation in static.operations for tensor in operation.outputs)
+    kept: dict[str, int] = {}
+    for operation in static.operations:
+        weights = operation.inputs[1] if len(operation.inputs) > 1 else None
+        heavy = weights is not None and weights.value is not None and weights.value.size > 1
+        floats = operation.outputs[0].dtype == np.float32 and operation.name not in ("DEQUANTIZE", "QUANTIZE")
+        plain = weights is not None and weights.dtype == np.float32
+        if floats and ((quantized and not heavy) or (heavy and plain)):
+            kept[operation.name] = kept.get(operation.name, 0) + 1
+    return [f"stays float32: {name} ({count})" for name, count in kept.items()]
 
 
 def check(content: bytes, model: Any, inputs: list[np.ndarray], bound: Bound, reference: str) -> Verification:

@@ -36,9 +36,9 @@ def float_file(model: keras.Model) -> bytes:
         return content
     if not model.built:
         raise ConfigError(f"`model` ({model.name}) is not built: call it once on data, or model.build(input_shape)")
-    from dwindle.attaching import attached, strip
+    from dwindle.attaching import attached, full_precision, strip
 
-    content = _convert(strip(model) if attached(model) else model)
+    content = _convert(full_precision(strip(model) if attached(model) else model))
     freed = resizable(content)
     return freed if _same_in_batches(content, freed) else content
 

@@ -277,7 +277,7 @@ class _Builder:
 
         layer = FakeQuantize(
             scale=grid.scale, zero_point=grid.zero_point, bits=grid.bits,
-            name=self._name(f"{_short(name)}_quantized"), **options,
+            name=self._name(f"{_short(name)}_quantized"), dtype="float32", **options,
         )  # fmt: skip
         return layer(value)
 
@@ -294,7 +294,7 @@ class _Builder:
         kernel = operation.inputs[1] if len(operation.inputs) > 1 else None
         weighted = kernel is not None and kernel.value is not None and kernel.dtype == np.float32
         source = kernel.name if kernel is not None and weighted and "/" in kernel.name else operation.outputs[0].name
-        layer = factory(name=self._name(_short(source)), **options)
+        layer = factory(name=self._name(_short(source)), dtype="float32", **options)
         self._operations[layer.name] = operation.index
         return layer
 

@@ -5,13 +5,14 @@ from __future__ import annotations
 import contextlib
 import io
 import logging
+import re
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
 
-from dwindle.errors import ConversionError
+from dwindle.errors import ConversionError, UnsupportedModelError
 from dwindle.lifting.flatbuffer import Graph, Operation, Tensor, parse, read_graph, serialize
 from dwindle.lifting.lifted import Grid, Grids
 from dwindle.quantization.calibration import Ranges
@@ -27,6 +28,8 @@ IO_TYPES = ("float32", "int8")
 def write_quantized(content: bytes, scheme: Scheme, ranges: Ranges | None, *, io_type: str = "float32") -> bytes:
     """Return a quantized file made from a float file.
 
+    A kind of operator whose quantized form LiteRT's kernels refuse to run stays float.
+
     Args:
         content: The float file.
         scheme: Widths; one that is not float32.
@@ -36,6 +39,28 @@ def write_quantized(content: bytes, scheme: Scheme, ranges: Ranges | None, *, io
     Raises:
         ConversionError: If the quantizer fails; its message is passed on.
     """
+    kept: list[str] = []
+    while True:
+        written = _write(content, scheme, ranges, io_type, kept)
+        refused = _refused_operator(written)
+        if refused is None or refused in kept:
+            return written
+        kept.append(refused)
+
+
+def _refused_operator(content: bytes) -> str | None:
+    """Return the kind of operator that LiteRT's kernels refuse in a quantized file, such as SPLIT; None if none."""
+    from dwindle.measuring.litert import LiteRTRunner
+
+    try:
+        LiteRTRunner(content)
+    except UnsupportedModelError as error:
+        found = re.search(r"delegate (\w+) node", str(error))
+        return found.group(1) if found else None
+    return None
+
+
+def _write(content: bytes, scheme: Scheme, ranges: Ranges | None, io_type: str, kept_float: Sequence[str]) -> bytes:
     from ai_edge_quantizer import qtyping, quantizer
 
     every = qtyping.TFLOperationName.ALL_SUPPORTED
@@ -59,6 +84,8 @@ def write_quantized(content: bytes, scheme: Scheme, ranges: Ranges | None, *, io
         if io_type == "float32":
             for place in (qtyping.TFLOperationName.INPUT, qtyping.TFLOperationName.OUTPUT):
                 tool.update_quantization_recipe(".*", place, algorithm_key=names.NO_QUANTIZE)
+        for kind in kept_float:
+            tool.update_quantization_recipe(".*", qtyping.TFLOperationName(kind), algorithm_key=names.NO_QUANTIZE)
     if ranges is None:
         return _run(tool, None, scheme)
     statistics = _as_statistics(content, ranges)
