@@ -79,7 +79,7 @@ def inspect_file(path: str | Path) -> Inspection:
     rows = []
     for operation in graph.operations:
         constants = []
-        for tensor in operation.inputs:
+        for tensor in operation.inputs if operation.name != "DEQUANTIZE" else ():
             maker = None if tensor is None else makers.get(tensor.index)
             # Weights may be stored packed, behind a DEQUANTIZE; they belong to the operator that uses them.
             if tensor is not None and tensor.value is None and maker is not None and maker.name == "DEQUANTIZE":
