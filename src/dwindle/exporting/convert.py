@@ -83,10 +83,30 @@ def saved_model_file(folder: Path) -> bytes:
         import tensorflow as tf
 
         try:
-            content = _convert_folder(tf, str(folder))
+            loaded = tf.saved_model.load(str(folder))
+            signature = loaded.signatures.get("serving_default")
+            if signature is None:
+                raise ConversionError(
+                    f"`{folder}` has no signature `serving_default` (it has {', '.join(loaded.signatures) or 'none'}); "
+                    "export it with one"
+                )
+            given = signature.structured_input_signature[1]
+            # A batch of one makes shapes constant, where an open one would be computed by operators in the file.
+            specs = [tf.TensorSpec([1, *spec.shape[1:]], spec.dtype, name=name) for name, spec in given.items()]
+            module = tf.Module()
+            module.loaded = loaded
+            module.serve = tf.function(
+                lambda *values: signature(**dict(zip(given, values, strict=True))), input_signature=specs
+            )
+            with tempfile.TemporaryDirectory() as fixed:
+                tf.saved_model.save(module, fixed, signatures={"serving_default": module.serve.get_concrete_function()})
+                content = ordered(_convert_folder(tf, fixed), list(given))
+        except ConversionError:
+            raise
         except Exception as error:
             raise ConversionError(f"`{folder}` can't be converted to LiteRT: {_reason(error)}") from error
-    return content
+    freed = resizable(content)
+    return freed if _same_in_batches(content, freed) else content
 
 
 def _convert_folder(tf: Any, folder: str) -> bytes:

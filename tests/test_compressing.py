@@ -1,0 +1,140 @@
+"""Goals and plans are plain data, checked where they are made; the search is honest about what it found."""
+
+from __future__ import annotations
+
+import json
+
+import keras
+import numpy as np
+import pytest
+from conftest import small_cnn
+
+import dwindle as dw
+from dwindle.compressing.goals import Goals, parse_drop, parse_latency, parse_size
+from dwindle.compressing.plans import Plan, read_plan
+from dwindle.compressing.steps import training_loss
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"), [("45KB", 45_000), ("44KiB", 45_056), ("1.5MB", 1_500_000), (2000, 2000), ("7 kb", 7000)]
+)
+def test_sizes(text, expected):
+    assert parse_size(text) == expected
+
+
+@pytest.mark.parametrize(("text", "expected"), [("0.5%", 0.005), (0.01, 0.01), ("0.02", 0.02), (0, 0.0)])
+def test_drops(text, expected):
+    assert parse_drop(text) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [("2ms", (2, None)), ("500us", (0.5, None)), (3, (3, None)), ("0.5x", (None, 0.5)), ("1s", (1000, None))],
+)
+def test_latencies(text, expected):
+    assert parse_latency(text) == expected
+
+
+@pytest.mark.parametrize("arguments", [{}, {"max_size": -1}, {"max_size": "much"}, {"max_drop": 2.0}, {"max_drop": "-1%"},
+                                       {"max_latency": "0x"}, {"max_latency": "x"}, {"max_ram": "0KB"}, {"max_size": float("nan")}])  # fmt: skip
+def test_goals_that_no_file_can_meet(arguments):
+    with pytest.raises(dw.ConfigError, match="no goal is given" if not arguments else f"`{next(iter(arguments))}` is"):
+        Goals(**arguments)
+
+
+def test_goals_round_trip_and_know_their_keys():
+    goals = Goals(max_drop="1%", max_size="100KB", max_latency="0.5x", max_ram="64KB")
+    assert Goals.from_dict(json.loads(json.dumps(goals.to_dict()))) == goals
+    with pytest.raises(dw.ConfigError, match="did you mean `max_size`"):
+        Goals.from_dict({"max_sise": 3})
+
+
+def test_judging_by_hand():
+    goals = Goals(max_drop=0.01, max_size=1000, max_latency="0.5x")
+    before = {"accuracy": 0.9, "latency_ms": {"p50": 2.0}}
+    after = {"accuracy": 0.88, "size_bytes": 900, "latency_ms": {"p50": 1.0}}
+    verdicts = {v.goal: (v.met, v.value) for v in goals.judge(before, after, higher_is_better=True)}
+    assert verdicts == {"max_drop": (False, pytest.approx(0.02)), "max_size": (True, 900), "max_latency": (True, 0.5)}
+    assert goals.judge(before, after, higher_is_better=False)[0].met
+
+
+def test_plans_round_trip_through_yaml(tmp_path):
+    plan = Plan(name="p", steps=(("shrink", {"width": 0.3}), ("train", {"epochs": 4}), ("export", {"scheme": "int8"})))
+    (tmp_path / "plan.yaml").write_text(plan.to_yaml())
+    assert read_plan(tmp_path / "plan.yaml") == plan
+    assert plan.steps[1][1]["temperature"] == 4.0
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("steps: []", "must end in the step `export`"),
+        ("steps: [{export: {scheme: int9}}]", r"'int9'"),
+        ("steps: [{shrink: {wdth: 1}}, {export: {}}]", "did you mean `width`"),
+        ("steps: [{prune: 0.8}, {export: {}}]", "must be a mapping"),
+        ("steps: [export]", "must be one name"),
+        ("version: 2\nsteps: [{export: {}}]", "version 2"),
+        ("[", "can't be read"),
+        ("3", "must be a mapping"),
+    ],
+)
+def test_bad_plans(text, message, tmp_path):
+    (tmp_path / "plan.yaml").write_text(text)
+    with pytest.raises(dw.ConfigError, match=message):
+        read_plan(tmp_path / "plan.yaml")
+    with pytest.raises(dw.ConfigError, match="can't be read"):
+        read_plan(tmp_path / "none.yaml")
+
+
+def test_training_loss_follows_output_and_labels(trained):
+    assert training_loss(trained, np.zeros(3, np.int64)) == "sparse_categorical_crossentropy"
+    fresh = small_cnn()
+    assert isinstance(training_loss(fresh, np.zeros(3, np.int64)), keras.losses.SparseCategoricalCrossentropy)
+    assert isinstance(training_loss(fresh, np.eye(10)), keras.losses.CategoricalCrossentropy)
+    one = keras.Sequential([keras.Input((2,)), keras.layers.Dense(1, activation="sigmoid")])
+    assert isinstance(training_loss(one, np.zeros(3)), keras.losses.BinaryCrossentropy)
+    line = keras.Sequential([keras.Input((2,)), keras.layers.Dense(1)])
+    assert isinstance(training_loss(line, np.zeros(3)), keras.losses.MeanSquaredError)
+
+
+def test_without_labels_only_quantization_is_tried(trained, digits, tmp_path):
+    x = digits[1][0][:80]
+    result = dw.compress(trained, goals=Goals(max_size="20KB"), data=x, out=tmp_path / "out")
+    assert result.met
+    names = [trial["name"] for trial in result.report["trials"]]
+    assert names == ["original, float32", "int8 after training", "int8 weights, dynamic", "float16"]
+    assert result.report["result"]["accuracy"] is None
+
+
+def test_a_regression_model_is_compressed_by_its_error(tmp_path):
+    generator = np.random.default_rng(0)
+    x = generator.normal(size=(400, 8)).astype(np.float32)
+    y = (x @ generator.normal(size=(8, 1))).astype(np.float32)
+    model = keras.Sequential([keras.Input((8,)), keras.layers.Dense(32, activation="relu"), keras.layers.Dense(1)])
+    model.compile(keras.optimizers.Adam(1e-2), "mse")
+    model.fit(x, y, epochs=5, verbose=0)
+    plan = Plan(
+        name="p", steps=(("prune", {"sparsity": 0.5}), ("train", {"epochs": 1}), ("export", {"scheme": "int8"}))
+    )
+    result = dw.compress(model, train=(x, y), goals=Goals(max_drop=0.9), metric="mae", plan=plan, out=tmp_path / "out")
+    before, after = result.report["baseline"]["accuracy"], result.report["result"]["accuracy"]
+    assert result.met == (after - before <= 0.9)
+    assert not result.report["metric"]["higher_is_better"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "kind", "message"),
+    [
+        ({"goals": None}, dw.ConfigError, "`goals` is None"),
+        ({"model": "x"}, dw.ConfigError, "built keras.Model"),
+        ({"epochs": 0}, dw.ConfigError, "`epochs` is 0"),
+        ({"train": None}, dw.DataError, "no data is given"),
+        ({"train": np.zeros(3)}, dw.DataError, r"must be a tuple \(x, y\)"),
+    ],
+)
+def test_bad_input(trained, digits, tmp_path, arguments, kind, message):
+    with pytest.raises(kind, match=message):
+        dw.compress(
+            **{"model": trained, "train": digits[0], "goals": Goals(max_drop=0.1), "out": tmp_path / "out", **arguments}
+        )
+    assert not (tmp_path / "out").exists()

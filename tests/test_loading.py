@@ -1,0 +1,87 @@
+"""Every source gives the same model; hostile files run no code."""
+
+from __future__ import annotations
+
+import warnings
+
+import keras
+import numpy as np
+import pytest
+
+import dwindle as dw
+from dwindle.exporting import float_file
+
+
+@pytest.fixture(scope="module")
+def sources(tmp_path_factory, trained):
+    folder = tmp_path_factory.mktemp("sources")
+    trained.save(folder / "model.keras")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # Keras advises against HDF5
+        trained.save(folder / "model.h5")
+        trained.export(folder / "saved", format="tf_saved_model", verbose=False)
+    (folder / "model.tflite").write_bytes(float_file(trained))
+    return folder
+
+
+@pytest.mark.parametrize("name", ["model.keras", "model.h5", "saved", "model.tflite"])
+def test_every_source_computes_the_same_and_trains(name, sources, trained, digits):
+    (x, y), _ = digits
+    model = dw.load(sources / name)
+    np.testing.assert_allclose(
+        model.predict(x[:64], verbose=0), trained.predict(x[:64], verbose=0), rtol=1e-4, atol=1e-5
+    )
+    pruned = dw.prune(model, 0.5)
+    pruned.compile("adam", "sparse_categorical_crossentropy")
+    pruned.fit(x[:64], y[:64], verbose=0)
+
+
+def test_a_keras_model_is_returned_as_it_is(trained):
+    assert dw.load(trained) is trained
+
+
+def test_a_compiled_file_stays_compiled(sources):
+    assert dw.load(sources / "model.keras").loss == "sparse_categorical_crossentropy"
+
+
+def test_weights_only_h5_says_what_to_do(tmp_path, trained):
+    trained.save_weights(tmp_path / "model.weights.h5")
+    with pytest.raises(dw.UnsupportedModelError, match="weights only"):
+        dw.load(tmp_path / "model.weights.h5")
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.keras", b"PK\x03\x04 no zip", "is no Keras file"),
+        ("a.h5", b"no hdf5", "is no HDF5 file"),
+        ("a.tflite", b"\x1c\x00\x00\x00TFL3" + b"\xff" * 40, "truncated or damaged"),
+        ("a.pb", b"", r"ends in '\.pb'"),
+    ],
+)
+def test_broken_files(name, content, message, tmp_path):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(dw.DwindleError, match=message):
+        dw.load(tmp_path / name)
+
+
+def test_other_bad_sources(tmp_path):
+    with pytest.raises(dw.ConfigError, match="does not exist"):
+        dw.load(tmp_path / "none.keras")
+    with pytest.raises(dw.ConfigError, match="is a int"):
+        dw.load(3)
+    with pytest.raises(dw.ConfigError, match=r"without `saved_model\.pb`"):
+        dw.load(tmp_path)
+
+
+def test_a_lambda_does_not_run_unless_trusted(tmp_path):
+    mark = tmp_path / "ran"
+    code = f"lambda x: (open({str(mark)!r}, 'w').close(), x)[1]"
+    model = keras.Sequential([keras.Input((3,)), keras.layers.Lambda(eval(code)), keras.layers.Dense(2)])
+    model.save(tmp_path / "code.keras")
+    mark.unlink()
+    with pytest.raises(dw.UnsupportedModelError, match="holds Python code"):
+        dw.load(tmp_path / "code.keras")
+    assert not mark.exists()
+    dw.load(tmp_path / "code.keras", trust=True)
+    assert mark.exists()
