@@ -6,9 +6,13 @@ import os
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
-import keras
 import numpy as np
 import pytest
+
+from dwindle.measuring.litert import quiet_stderr
+
+with quiet_stderr():  # what the backend prints as it starts would hide the tests' own output
+    import keras
 
 
 @pytest.fixture(autouse=True)

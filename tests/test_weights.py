@@ -5,7 +5,7 @@ from __future__ import annotations
 import keras
 import numpy as np
 import pytest
-from zoo import ZOO, outputs, samples, settle
+from zoo import ZOO, feed, outputs, samples, settle
 
 import dwindle as dw
 from dwindle.attaching import attached, effective_weights
@@ -15,9 +15,10 @@ GRAPHS = [name for name in ZOO if name != "subclassed"]
 
 
 def _fit_a_little(model, inputs):
-    targets = [np.zeros_like(value) for value in outputs(model, inputs)]
-    model.compile("adam", loss=["mse"] * len(targets))
-    model.fit(inputs[0] if len(inputs) == 1 else inputs, targets[0] if len(targets) == 1 else targets, verbose=0)
+    x = feed(model, inputs)
+    targets = keras.tree.map_structure(np.zeros_like, model.predict(x, verbose=0))
+    model.compile("adam", loss=keras.tree.map_structure(lambda _: "mse", targets))
+    model.fit(x, targets, verbose=0)
 
 
 @pytest.mark.parametrize("name", GRAPHS)

@@ -101,6 +101,13 @@ def several_inputs_and_outputs():
 
 
 @entry
+def inputs_by_name():
+    inputs = {"second": keras.Input((6,), name="second"), "first": keras.Input((4,), name="first")}
+    x = L.Concatenate()([L.Dense(8, activation="relu")(inputs["second"]), L.Dense(3)(inputs["first"])])
+    return keras.Model(inputs, {"z": L.Dense(4, name="z")(x), "a": L.Dense(2, name="a")(x)})
+
+
+@entry
 def squeeze_excite():
     inputs = keras.Input((12, 12, 3))
     x = L.Conv2D(8, 3, activation="hard_swish" if hasattr(keras.activations, "hard_swish") else "relu")(inputs)
@@ -170,8 +177,14 @@ def samples(model: keras.Model, count: int, seed: int = 0) -> list[np.ndarray]:
 
 def outputs(model: keras.Model, inputs: list[np.ndarray]) -> list[np.ndarray]:
     """Return a model's outputs as a flat list of arrays."""
-    feed = inputs[0] if len(inputs) == 1 else inputs
-    return [np.asarray(value) for value in keras.tree.flatten(model.predict(feed, verbose=0))]
+    return [np.asarray(value) for value in keras.tree.flatten(model.predict(feed(model, inputs), verbose=0))]
+
+
+def feed(model: keras.Model, inputs: list[np.ndarray]):
+    """Return inputs as the model takes them."""
+    if isinstance(getattr(model, "input", None), dict):
+        return keras.tree.pack_sequence_as(model.input, inputs)
+    return inputs[0] if len(inputs) == 1 else inputs
 
 
 def settle(model: keras.Model, seed: int = 0) -> keras.Model:

@@ -8,9 +8,9 @@ from typing import Any
 import keras
 
 from dwindle.compressing import Goals, Result, compress
-from dwindle.compressing.search import seeded
 from dwindle.compressing.steps import Say
 from dwindle.data import Data, load_demo_data
+from dwindle.seeding import seeded
 
 GOALS = Goals(max_drop="0.5%", max_size="45KB", max_latency="0.5x")
 EPOCHS = 8

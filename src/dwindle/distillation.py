@@ -7,8 +7,12 @@ from typing import Any
 import keras
 
 from dwindle.errors import ConfigError
+from dwindle.graphs import graph_config, outputs, sources
+from dwindle.weights import is_graph
 
 __all__ = ["Coach", "distill"]
+
+_LOOKED_THROUGH = ("FakeQuantize", "Reshape", "Flatten", "Dropout")
 
 
 def distill(
@@ -91,14 +95,22 @@ def _gives_logits(model: keras.Model, from_logits: bool | None) -> bool:
 
 
 def ends_in(model: keras.Model, activation: str) -> bool:
-    """Whether the layers that make the model's first output end in an activation of that name."""
-    operation = model.outputs[0]._keras_history.operation
-    while type(operation).__name__ in ("FakeQuantize", "Reshape", "Flatten", "Dropout"):
-        operation = operation.input._keras_history.operation
-    if isinstance(operation, keras.Model):
-        return ends_in(operation, activation)
-    function = getattr(operation, "activation", None)
-    return activation in (getattr(function, "__name__", ""), type(operation).__name__.lower())
+    """Whether the layer that makes the model's first output ends in an activation of that name.
+
+    Layers that keep a probability a probability (reshapes, dropout, fake quantization) are looked through. A subclassed
+    model, whose graph is not known, counts as ending in nothing.
+    """
+    if not is_graph(model):
+        return False
+    config = graph_config(model.get_config())
+    before, name = sources(config), outputs(config)[0]
+    while type(model.get_layer(name)).__name__ in _LOOKED_THROUGH and before[name]:
+        name = before[name][0]
+    layer = model.get_layer(name)
+    if isinstance(layer, keras.Model):
+        return ends_in(layer, activation)
+    function = getattr(layer, "activation", None)
+    return activation in (getattr(function, "__name__", ""), type(layer).__name__.lower())
 
 
 @keras.saving.register_keras_serializable("dwindle")

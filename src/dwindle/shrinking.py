@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import keras
 
 from dwindle.errors import ConfigError, UnsupportedModelError
+from dwindle.graphs import graph_config, outputs, sources
+from dwindle.seeding import seeded
 from dwindle.weights import check_model
 
 _WIDTHS = {
@@ -37,7 +40,7 @@ def shrink(model: keras.Model, width: float = 0.5, *, multiple: int = 1, seed: i
     if not 0 < width <= 1:
         raise ConfigError(f"`width` is {width!r}; it must be a factor in (0, 1], such as 0.5")
     check_model(model)
-    pinned = _pinned(model)
+    pinned = _pinned(model.get_config())
     changed = []
 
     def edit(config: dict[str, Any], prefix: str) -> dict[str, Any]:
@@ -60,7 +63,7 @@ def shrink(model: keras.Model, width: float = 0.5, *, multiple: int = 1, seed: i
         return {**config, "layers": layers}
 
     try:
-        with _seeded(seed):
+        with seeded(seed):
             config = edit(model.get_config(), "")
             student = type(model).from_config(config)
             if not student.built:
@@ -76,46 +79,30 @@ def shrink(model: keras.Model, width: float = 0.5, *, multiple: int = 1, seed: i
     return student
 
 
-def _seeded(seed: int) -> Any:
-    """Seed the initializers of what is made inside, and put the global state back afterwards."""
-    import contextlib
-    import random
-
-    import numpy as np
-
-    @contextlib.contextmanager
-    def scope() -> Any:
-        before = random.getstate(), np.random.get_state()
-        keras.utils.set_random_seed(seed)
-        try:
-            yield
-        finally:
-            random.setstate(before[0])
-            np.random.set_state(before[1])
-
-    return scope()
-
-
-def _pinned(model: keras.Model) -> set[str]:
+def _pinned(config: Mapping[str, Any], prefix: str = "") -> set[str]:
     """Return the paths of the layers whose width is that of a model output."""
+    config = graph_config(config)
+    before = sources(config)
+    entries = {entry["config"]["name"]: entry for entry in config["layers"]}
     pinned: set[str] = set()
 
-    def back(tensor: Any, prefix: str) -> None:
-        operation = tensor._keras_history.operation
-        if isinstance(operation, keras.Model):
-            for inner in operation.outputs:
-                back(inner, f"{prefix}{operation.name}/")
-            if not any(path.startswith(f"{prefix}{operation.name}/") for path in pinned):
-                for value in operation._inbound_nodes[-1].input_tensors:
-                    back(value, prefix)
+    def back(name: str, seen: set[str]) -> None:
+        if name in seen:
             return
-        if type(operation).__name__ in _WIDTHS:
-            pinned.add(f"{prefix}{operation.name}")
+        seen.add(name)
+        entry = entries[name]
+        inner = entry["config"]
+        if isinstance(inner, dict) and "layers" in inner:
+            found = _pinned(inner, f"{prefix}{name}/")
+            pinned.update(found)
+            if found:
+                return
+        elif entry.get("class_name") in _WIDTHS:
+            pinned.add(f"{prefix}{name}")
             return
-        for node in operation._inbound_nodes[-1:]:
-            for value in node.input_tensors:
-                back(value, prefix)
+        for source in before[name]:
+            back(source, seen)
 
-    for output in model.outputs:
-        back(output, "")
+    for output in outputs(config):
+        back(output, set())
     return pinned

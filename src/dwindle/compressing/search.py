@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-import random
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -25,6 +23,7 @@ from dwindle.exporting import export
 from dwindle.files import save_keras
 from dwindle.measuring import compare_latency, higher_is_better, measure
 from dwindle.quantization import quantize, resolve_scheme
+from dwindle.seeding import seeded
 
 ORIGINAL = Plan(name="original, float32", steps=(("export", {"scheme": "float32"}),))
 # A trial that can't be done says why and the search goes on; anything else is a defect and stops it.
@@ -215,18 +214,6 @@ def _outcome(record: Mapping[str, Any]) -> str:
         f"{accuracy}{record['size_bytes'] / 1000:,.1f} KB, {record['latency_ms']['p50']:.4g} ms{meets} "
         f"({record['seconds']:.1f} s)"
     )
-
-
-@contextmanager
-def seeded(seed: int) -> Iterator[None]:
-    """Seed Python, NumPy and the backend, and put Python's and NumPy's state back afterwards."""
-    before = random.getstate(), np.random.get_state()
-    keras.utils.set_random_seed(seed)
-    try:
-        yield
-    finally:
-        random.setstate(before[0])
-        np.random.set_state(before[1])
 
 
 def fingerprint(model: keras.Model) -> str:

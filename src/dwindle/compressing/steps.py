@@ -13,6 +13,7 @@ import numpy as np
 from dwindle.data import Split
 from dwindle.distillation import distill, ends_in
 from dwindle.errors import ConfigError
+from dwindle.exporting import pack_inputs
 from dwindle.pruning import PolynomialDecay, prune
 from dwindle.quantization import quantize
 from dwindle.shrinking import shrink
@@ -89,9 +90,8 @@ def _train(model: keras.Model, options: Mapping[str, Any], bench: Workbench) -> 
     steps = options["epochs"] * _steps_per_epoch(split)
     rate = keras.optimizers.schedules.CosineDecay(options["learning_rate"], decay_steps=max(1, steps))
     learner.compile(keras.optimizers.Adam(rate), loss=bench.loss)
-    x = split.x[0] if len(split.x) == 1 else list(split.x)
     learner.fit(
-        x, split.y, batch_size=BATCH_SIZE, epochs=options["epochs"], verbose=0,
+        pack_inputs(model, split.x), split.y, batch_size=BATCH_SIZE, epochs=options["epochs"], verbose=0,
         callbacks=[_Progress(bench.say, options["epochs"])],
     )  # fmt: skip
     return model

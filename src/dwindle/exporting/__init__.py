@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -194,11 +195,15 @@ def check(content: bytes, model: Any, inputs: list[np.ndarray], bound: Bound, re
 
 def predict(model: Any, inputs: list[np.ndarray], *, batch_size: int = 256) -> list[np.ndarray]:
     """Return a Keras model's outputs as a flat list of arrays."""
+    fed = pack_inputs(model, inputs)
+    return list(keras.tree.flatten(model.predict(fed, batch_size=batch_size, verbose=0)))
+
+
+def pack_inputs(model: Any, inputs: Sequence[np.ndarray]) -> Any:
+    """Return arrays, one per input, in the form that the model takes them: an array, a list or a dict."""
     if isinstance(getattr(model, "input", None), dict):
-        feed: Any = keras.tree.pack_sequence_as(model.input, list(inputs))
-    else:
-        feed = inputs[0] if len(inputs) == 1 else list(inputs)
-    return list(keras.tree.flatten(model.predict(feed, batch_size=batch_size, verbose=0)))
+        return keras.tree.pack_sequence_as(model.input, list(inputs))
+    return inputs[0] if len(inputs) == 1 else list(inputs)
 
 
 def output_quanta(content: bytes) -> list[float | None]:

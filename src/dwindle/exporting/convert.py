@@ -17,6 +17,7 @@ import numpy as np
 
 from dwindle.errors import ConfigError, ConversionError
 from dwindle.lifting.flatbuffer import ordered, read_graph, resizable
+from dwindle.weights import is_graph
 
 
 def float_file(model: keras.Model) -> bytes:
@@ -51,7 +52,7 @@ def _convert(model: keras.Model) -> bytes:
         tf.TensorSpec([1, *tensor.shape[1:]], keras.backend.standardize_dtype(tensor.dtype), name=_safe(tensor.name))
         for tensor in _input_tensors(model)
     ]
-    structure = getattr(model, "_inputs_struct", None) if not isinstance(model, keras.Sequential) else None
+    structure = model.input if is_graph(model) else None
 
     def serve(*values: Any) -> Any:
         if structure is None:
