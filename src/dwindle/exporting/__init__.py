@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+import logging
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -196,7 +198,20 @@ def check(content: bytes, model: Any, inputs: list[np.ndarray], bound: Bound, re
 def predict(model: Any, inputs: list[np.ndarray], *, batch_size: int = 256) -> list[np.ndarray]:
     """Return a Keras model's outputs as a flat list of arrays."""
     fed = pack_inputs(model, inputs)
-    return list(keras.tree.flatten(model.predict(fed, batch_size=batch_size, verbose=0)))
+    with _no_retracing_advice():
+        return list(keras.tree.flatten(model.predict(fed, batch_size=batch_size, verbose=0)))
+
+
+@contextmanager
+def _no_retracing_advice() -> Iterator[None]:
+    """Silence TensorFlow's advice on tracing, which is about calling many models, as a search has to."""
+    logger = logging.getLogger("tensorflow")
+    before = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(before)
 
 
 def pack_inputs(model: Any, inputs: Sequence[np.ndarray]) -> Any:

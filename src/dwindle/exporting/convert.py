@@ -52,7 +52,7 @@ def _convert(model: keras.Model) -> bytes:
         tf.TensorSpec([1, *tensor.shape[1:]], keras.backend.standardize_dtype(tensor.dtype), name=_safe(tensor.name))
         for tensor in _input_tensors(model)
     ]
-    structure = model.input if is_graph(model) else None
+    structure = getattr(model, "input", None) if is_graph(model) else None
 
     def serve(*values: Any) -> Any:
         if structure is None:
