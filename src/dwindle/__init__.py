@@ -24,11 +24,11 @@ _NAMES: dict[str, str] = {
     "MissingDependencyError": "dwindle.errors",
     "Plan": "dwindle.compressing.plans",
     "PolynomialDecay": "dwindle.pruning",
-    "Result": "dwindle.compressing",
+    "Result": "dwindle.compressing.run",
     "Scheme": "dwindle.quantization.schemes",
     "UnsupportedModelError": "dwindle.errors",
     "VerificationError": "dwindle.errors",
-    "compress": "dwindle.compressing",
+    "compress": "dwindle.compressing.run",
     "distill": "dwindle.distillation",
     "export": "dwindle.exporting",
     "finalize": "dwindle.finalizing",
@@ -39,7 +39,7 @@ _NAMES: dict[str, str] = {
     "load_demo_data": "dwindle.data",
     "measure": "dwindle.measuring",
     "prune": "dwindle.pruning",
-    "quantize": "dwindle.quantization",
+    "quantize": "dwindle.quantization.training",
     "read_data": "dwindle.data",
     "shrink": "dwindle.shrinking",
 }
@@ -47,10 +47,10 @@ _NAMES: dict[str, str] = {
 __all__ = ["__version__", *sorted(_NAMES)]
 
 if TYPE_CHECKING:
-    from dwindle.compressing import Result as Result
-    from dwindle.compressing import compress as compress
     from dwindle.compressing.goals import Goals as Goals
     from dwindle.compressing.plans import Plan as Plan
+    from dwindle.compressing.run import Result as Result
+    from dwindle.compressing.run import compress as compress
     from dwindle.data import Data as Data
     from dwindle.data import load_demo_data as load_demo_data
     from dwindle.data import read_data as read_data
@@ -74,8 +74,8 @@ if TYPE_CHECKING:
     from dwindle.pruning import Constant as Constant
     from dwindle.pruning import PolynomialDecay as PolynomialDecay
     from dwindle.pruning import prune as prune
-    from dwindle.quantization import quantize as quantize
     from dwindle.quantization.schemes import Scheme as Scheme
+    from dwindle.quantization.training import quantize as quantize
     from dwindle.shrinking import shrink as shrink
 
 

@@ -56,6 +56,9 @@ class Scheme:
             ) from None
 
 
+# What a file with integer activations takes and gives.
+IO_TYPES = ("float32", "int8")
+
 SCHEMES: dict[str, Scheme] = {
     scheme.name: scheme
     for scheme in (

@@ -22,7 +22,6 @@ from dwindle.quantization.schemes import Scheme
 Statistics = dict[str, dict[str, np.ndarray]]
 
 _INSERTED = {"QUANTIZE", "DEQUANTIZE"}
-IO_TYPES = ("float32", "int8")
 
 
 def write_quantized(content: bytes, scheme: Scheme, ranges: Ranges | None, *, io_type: str = "float32") -> bytes:

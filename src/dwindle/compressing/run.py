@@ -1,0 +1,280 @@
+"""Compress: the user says what the file must reach; plans are tried and measured until it does."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import keras
+
+import dwindle
+from dwindle.compressing.goals import Goals, Verdict
+from dwindle.compressing.plans import Plan
+from dwindle.compressing.search import Search, figures_of, fingerprint
+from dwindle.compressing.steps import Say, Workbench, training_loss
+from dwindle.compressing.store import Store, check_out_folder
+from dwindle.data import Data, Split, fit_to_model, read_data
+from dwindle.errors import ConfigError, DataError
+from dwindle.exporting import output_quanta, predict
+from dwindle.exporting.verify import BOUNDS, compare
+from dwindle.files import write_text
+from dwindle.measuring import (
+    LiteRTRunner,
+    check_metric,
+    compare_latency,
+    environment,
+    higher_is_better,
+    inspect_file,
+    measure,
+)
+from dwindle.quantization.schemes import resolve_scheme
+from dwindle.reporting import write_report
+
+
+@dataclass(frozen=True, kw_only=True)
+class Result:
+    """What `compress` found.
+
+    Attributes:
+        met: Whether the chosen file meets every goal, judged on data that did not pick it.
+        interrupted: Whether the search was stopped before its end.
+        file: The chosen file, ``model.tflite`` in the out folder; None if nothing could be written.
+        verdicts: Each goal with what was measured.
+        report: The content of ``report.json``.
+    """
+
+    met: bool
+    interrupted: bool
+    file: Path | None
+    verdicts: tuple[Verdict, ...]
+    report: Mapping[str, Any]
+
+
+def compress(
+    model: keras.Model,
+    train: Any = None,
+    validation: Any = None,
+    goals: Goals | None = None,
+    out: str | Path = "dwindle-out",
+    *,
+    test: Any = None,
+    data: Any = None,
+    metric: Any = "accuracy",
+    epochs: int = 20,
+    seed: int = 0,
+    threads: int = 1,
+    plan: Plan | None = None,
+    resume: bool = False,
+    force: bool = False,
+    say: Say | None = None,
+    source: str | None = None,
+    command: str | None = None,
+) -> Result:
+    """Find a smaller, faster ``.tflite`` of ``model`` that meets the goals, measured on the file itself.
+
+    In the order of cost it tries quantization after training, quantization in training, pruning with distilled
+    fine-tuning, both together, and narrower students distilled from the model. Each trial's file is written, verified
+    and measured; validation data picks the smallest that meets the goals, and test data, where there is some, judges.
+
+    Args:
+        model: A trained Keras model; it is not changed.
+        train: ``(x, y)`` training samples.
+        validation: ``(x, y)`` samples that pick; carved from the training samples where it is left out.
+        goals: What the file must reach.
+        out: Folder for ``model.tflite``, ``model.keras``, ``report.html``, ``report.json``, ``plan.yaml``, ``trials/``.
+        test: ``(x, y)`` samples that judge.
+        data: Instead of these three: anything that `dwindle.data.read_data` reads.
+        metric: ``"accuracy"`` or another Keras metric.
+        epochs: Epochs of a student's training; fine-tuning takes a part of it.
+        seed: Fixes the result on one machine.
+        threads: Threads of the latency measurement.
+        plan: Run this plan alone instead of the search.
+        resume: Go on with the run in ``out``.
+        force: Write over the run in ``out``.
+        say: Called with progress lines; nothing is printed otherwise.
+        source: Where the model came from, for the report.
+        command: How to do this again, for the report.
+
+    Returns:
+        The result; ``result.met`` says whether the goals are met. On Ctrl-C what was found so far is written, and
+        ``result.interrupted`` is True.
+
+    Raises:
+        ConfigError: For goals, a folder or a plan that are not valid.
+        DataError: If the data does not fit the model.
+    """
+    if not isinstance(model, keras.Model) or not model.built:
+        raise ConfigError(f"`model` is {model!r}; it must be a built keras.Model (dw.load makes one)")
+    if goals is None:
+        raise ConfigError("`goals` is None; pass dw.Goals(max_drop=0.01, max_size='100KB') or the like")
+    if epochs < 1:
+        raise ConfigError(f"`epochs` is {epochs}; it must be at least 1")
+    check_metric(metric)
+    check_out_folder(out, resume=resume, force=force)
+    fitted = _data_for(model, train, validation, test, data)
+    begun = time.monotonic()
+    say = say or _silent
+    marks = {"seed": seed, "epochs": epochs, "model": fingerprint(model), "data": fitted.sha256}
+    store = Store(out, marks, resume=resume, force=force)
+    teaches = len(model.outputs) == 1 and len(model.outputs[0].shape) == 2 and int(model.outputs[0].shape[1] or 0) > 1
+    loss = training_loss(model, None if fitted.train is None else fitted.train.y)
+    search = Search(
+        bench=Workbench(original=model, train=fitted.train, loss=loss, distills=teaches, seed=seed, say=say),
+        data=fitted, goals=goals, store=store, metric=metric, epochs=epochs, threads=threads, plan=plan, say=say,
+    )  # fmt: skip
+    search.bench = _with_current(search, say)
+    interrupted = False
+    try:
+        search.run()
+    except KeyboardInterrupt:
+        interrupted = True
+        say("interrupted: writing down what was found so far; go on with --resume")
+    facts = {"source": source or model.name, "command": command or _call(goals, out, seed), "seed": seed,
+             "seconds": round(time.monotonic() - begun, 1), "interrupted": interrupted, "threads": threads}  # fmt: skip
+    return _conclude(search, facts)
+
+
+def _silent(_line: str) -> None:
+    """Show nothing."""
+
+
+def _with_current(search: Search, say: Say) -> Workbench:
+    """Return the bench whose progress lines begin with the trial in progress."""
+    from dataclasses import replace
+
+    return replace(search.bench, say=lambda line: say(f"{search.current}: {line}"))
+
+
+def _data_for(model: keras.Model, train: Any, validation: Any, test: Any, data: Any) -> Data:
+    """Return the user's data in the model's shape."""
+    if data is None:
+        named = {}
+        for name, pair in (("train", train), ("val", validation), ("test", test)):
+            if pair is None:
+                continue
+            if not isinstance(pair, tuple) or len(pair) != 2:
+                raise DataError(f"`{name}` is a {type(pair).__name__}; it must be a tuple (x, y), or pass `data`")
+            named[f"x_{name}"], named[f"y_{name}"] = pair
+        if not named:
+            raise DataError("no data is given; pass `train` and `validation` as (x, y), or `data`")
+        data = named
+    found = read_data(data)
+    shapes = [tuple(tensor.shape[1:]) for tensor in model.inputs]
+    units = model.outputs[0].shape[-1] if len(model.outputs) == 1 and len(model.outputs[0].shape) == 2 else None
+    dtypes = [keras.backend.standardize_dtype(tensor.dtype) for tensor in model.inputs]
+    return fit_to_model(found, shapes, units, input_dtypes=dtypes)
+
+
+def _call(goals: Goals, out: str | Path, seed: int) -> str:
+    asked = ", ".join(f"{key}={value!r}" for key, value in goals.to_dict().items() if value is not None)
+    return f"dw.compress(model, train=..., goals=dw.Goals({asked}), out={str(out)!r}, seed={seed})"
+
+
+def _conclude(search: Search, facts: Mapping[str, Any]) -> Result:
+    """Judge the best trial on held-back data, publish its files and write the report."""
+    chosen = search.best() if search.trials else None
+    report = _frame(search, facts)
+    verdicts: list[Verdict] = []
+    if chosen is not None:
+        baseline, result, verification = _judge(search, chosen)
+        verdicts = search.goals.judge(baseline, result, higher_is_better(search.metric))
+        search.store.publish(chosen["id"])
+        result["file"] = "model.tflite"
+        folder = search.store.folder
+        write_text(folder / "plan.yaml", Plan.from_dict(chosen["plan"]).to_yaml())
+        report |= {
+            "baseline": baseline, "result": result, "verification": verification, "plan": chosen["plan"],
+            "layers": {"baseline": _rows(folder / search.trials[0]["file"]), "result": _rows(folder / "model.tflite")},
+        }  # fmt: skip
+    met = bool(verdicts) and all(verdict.met for verdict in verdicts)
+    report["verdicts"] = [verdict.to_dict() for verdict in verdicts]
+    report["met"] = met
+    report["status"] = "interrupted" if facts["interrupted"] else ("met" if met else "not met")
+    write_report(report, search.store.folder)
+    file = search.store.folder / "model.tflite" if chosen is not None else None
+    return Result(met=met, interrupted=facts["interrupted"], file=file, verdicts=tuple(verdicts), report=report)
+
+
+def _judge(search: Search, chosen: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any] | None]:
+    """Measure the original's and the chosen file once more: on test data, and side by side."""
+    split = search.data.test or search.data.val or search.data.train
+    pair = Search._pair(split)
+    files = [search.store.folder / search.trials[0]["file"], search.store.folder / chosen["file"]]
+    timed = compare_latency(files, threads=search.threads)
+    judged = []
+    for trial, path, latency in zip((search.trials[0], chosen), files, timed, strict=True):
+        figures = figures_of(measure(path, pair, metric=search.metric, threads=search.threads))
+        figures["latency_ms"] = {"p50": latency.p50_ms, "p90": latency.p90_ms}
+        kept = {k: v for k, v in trial.items() if k != "plan"}
+        judged.append({**kept, **figures, "validation_accuracy": trial["accuracy"]})
+    verification = _verify(chosen, files[1], split)
+    if verification is not None:
+        judged[1]["verification"] = verification
+    return judged[0], judged[1], verification
+
+
+def _verify(chosen: Mapping[str, Any], file: Path, split: Split | None) -> dict[str, Any] | None:
+    """Compare the chosen file with its trainable twin on the whole judging set, where the twin rounds alike."""
+    from dwindle.loading import load
+
+    static = resolve_scheme(chosen["plan"]["steps"][-1]["export"]["scheme"]).needs_data
+    if split is None or not static:
+        return chosen.get("verification")
+    twin = load(file.with_name("model.keras"))
+    if not getattr(twin, "quantization", None):
+        return chosen.get("verification")
+    found = LiteRTRunner(file).predict(list(split.x))
+    expected = predict(twin, list(split.x))
+    result = compare(
+        expected, found, BOUNDS["static"], reference="the model in quantized training",
+        quanta=output_quanta(file.read_bytes()),
+    )  # fmt: skip
+    return result.to_dict()
+
+
+def _rows(path: Path) -> list[dict[str, Any]]:
+    return [row.to_dict() for row in inspect_file(path).rows]
+
+
+def _frame(search: Search, facts: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the parts of the report that do not depend on what was chosen."""
+    model, data, goals = search.bench.original, search.data, search.goals
+
+    def described(tensors: Any) -> list[dict[str, Any]]:
+        return [
+            {"name": t.name, "shape": [1, *t.shape[1:]], "dtype": keras.backend.standardize_dtype(t.dtype)}
+            for t in tensors
+        ]
+
+    counts = {f"{name}_samples": len(part) if part is not None else 0
+              for name, part in (("train", data.train), ("validation", data.val), ("test", data.test))}  # fmt: skip
+    return {
+        "version": 1,
+        "dwindle": dwindle.__version__,
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        "command": facts["command"],
+        "seed": facts["seed"],
+        "seconds": facts["seconds"],
+        "model": {
+            "name": model.name, "source": facts["source"], "parameters": int(model.count_params()),
+            "inputs": described(model.inputs), "outputs": described(model.outputs),
+        },
+        "data": {"source": data.source, "sha256": data.sha256, "class_names": data.class_names, **counts},
+        "metric": {
+            "name": search.metric if isinstance(search.metric, str) else getattr(search.metric, "name", "metric"),
+            "higher_is_better": higher_is_better(search.metric),
+            "judged_on": "test" if data.test else "validation" if data.val else "train",
+        },
+        "goals": {
+            "max_drop": goals.max_drop, "max_size_bytes": goals.max_size, "max_latency_ms": goals.max_latency_ms,
+            "max_latency_factor": goals.max_latency_factor, "max_ram_bytes": goals.max_ram,
+        },
+        "baseline": search.trials[0] if search.trials else None,
+        "result": None,
+        "trials": [{k: v for k, v in trial.items() if k != "plan"} for trial in search.trials],
+        "environment": {**environment(), "threads": str(facts["threads"])},
+    }  # fmt: skip
