@@ -95,8 +95,13 @@ class MagnitudeMask(Transform):
             importance = ops.reshape(ops.abs(ops.cast(weight, "float32")) * mask.value, (-1,))
             # Weights that are gone already come first, whatever their index.
             importance = ops.where(ops.reshape(mask.value, (-1,)) > 0, importance, -1.0)
-            ranks = ops.argsort(ops.argsort(importance))
-            return ops.reshape(ops.cast(ranks >= removed, "float32"), weight.shape)
+            # The value up to which weights go; of those that equal it the first ones, so that the count is exact.
+            last = ops.take(ops.sort(importance), ops.maximum(removed - 1, 0))
+            below = importance < last
+            level = ops.equal(importance, last)
+            left = removed - ops.sum(ops.cast(below, "int32"))
+            gone = ops.logical_or(below, ops.logical_and(level, ops.cumsum(ops.cast(level, "int32")) <= left))
+            return ops.reshape(1.0 - ops.cast(gone, "float32"), weight.shape)
 
         mask.assign(ops.cond(due, made, lambda: mask.value))
         calls.assign(calls.value + 1)
