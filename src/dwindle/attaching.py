@@ -91,7 +91,8 @@ def copy_variables(source: keras.Model, target: keras.Model, *, copy_states: boo
             before, after = _states(old), _states(new)
             pairs += [(before[key], after[key]) for key in after if key in before]
         for from_variable, to_variable in pairs:
-            to_variable.assign(from_variable)
+            # By way of NumPy: JAX's arrays would be shared, and training the twin would take the original's away.
+            to_variable.assign(keras.ops.convert_to_numpy(from_variable))
 
 
 def _states(layer: Any) -> dict[tuple[str, str, str], Any]:
