@@ -95,9 +95,10 @@ class KeepZeros(Transform):
         return {"mask": np.ones(shape, np.float32) if self.mask is None else np.asarray(self.mask, np.float32)}
 
     def apply(self, weight: Any, state: Mapping[str, Any], layer: Any) -> Any:
-        """Return ``weight * mask``."""
+        """Return the weight where the mask is 1, and 0 elsewhere."""
         del layer
-        return weight * keras.ops.cast(state["mask"], weight.dtype)
+        # Not a product: autograd would keep the mask itself, which a later call of a shared layer may change.
+        return keras.ops.where(state["mask"] > 0.5, weight, keras.ops.zeros_like(weight))
 
 
 def transform_from_dict(data: Mapping[str, Any]) -> Transform:

@@ -74,9 +74,10 @@ class MagnitudeMask(Transform):
         return state
 
     def apply(self, weight: Any, state: Mapping[str, Any], layer: Any) -> Any:
-        """Return ``weight * mask``."""
+        """Return the weight where the mask is 1, and 0 elsewhere."""
         del layer
-        return weight * keras.ops.cast(state["mask"], weight.dtype)
+        # Not a product: autograd would keep the mask itself, which a later call of a shared layer may change.
+        return keras.ops.where(state["mask"] > 0.5, weight, keras.ops.zeros_like(weight))
 
     def update(self, weight: Any, state: Mapping[str, Any]) -> None:
         """Make the mask anew where the schedule says so."""

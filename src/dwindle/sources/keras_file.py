@@ -27,7 +27,13 @@ def read(path: Path, trust: bool) -> Any:
             f"`{path}` holds Python code ({where}), which would run when it is loaded; "
             "if you know where the file comes from, allow it with --trust (trust=True)"
         )
-    return keras.saving.load_model(path, compile=_compiles(config), safe_mode=not trust)
+    if not (isinstance(config, dict) and config.get("compile_config")):
+        return keras.saving.load_model(path, compile=False, safe_mode=not trust)
+    try:
+        return keras.saving.load_model(path, safe_mode=not trust)
+    except (TypeError, ValueError):
+        # Often a loss or metric of the user's own, which is not needed to compress the model.
+        return keras.saving.load_model(path, compile=False, safe_mode=not trust)
 
 
 def _config(path: Path) -> Any:
@@ -56,12 +62,6 @@ def _code_in(config: Any) -> str:
     else:
         return ""
     return next((found for part in parts if (found := _code_in(part))), "")
-
-
-def _compiles(config: Any) -> bool:
-    """Whether the file's loss and optimizer can be used: they can unless they name custom objects."""
-    compiled = config.get("compile_config") if isinstance(config, dict) else None
-    return bool(compiled) and '"registered_name": "' not in json.dumps(compiled)
 
 
 def read_h5(path: Path, trust: bool) -> Any:
