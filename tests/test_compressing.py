@@ -138,3 +138,29 @@ def test_bad_input(trained, digits, tmp_path, arguments, kind, message):
             **{"model": trained, "train": digits[0], "goals": Goals(max_drop=0.1), "out": tmp_path / "out", **arguments}
         )
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("kind", ["lifted", "subclassed"])
+def test_lifted_and_subclassed_models_have_students_too(kind, trained, digits, tmp_path):
+    @keras.saving.register_keras_serializable("test")
+    class Wrapped(keras.Model):
+        def __init__(self, **kwargs):
+            super().__init__(**kwargs)
+            self.inner = keras.models.clone_model(trained)
+
+        def call(self, inputs):
+            return self.inner(inputs)
+
+    model = dw.lift(trained)
+    if kind == "subclassed":
+        model = Wrapped()
+        model(digits[0][0][:1])
+    plan = Plan(
+        name="p", steps=(("shrink", {"width": 0.5}), ("train", {"epochs": 1}), ("quantize", {}), ("export", {}))
+    )
+    lines = []
+    result = dw.compress(
+        model, train=digits[0], goals=Goals(max_size="9KB"), plan=plan, out=tmp_path / "out", say=lines.append
+    )
+    assert result.met, result.report["trials"]
+    assert any("lifted" in line for line in lines) == (kind == "subclassed")

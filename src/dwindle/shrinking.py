@@ -64,8 +64,10 @@ def shrink(model: keras.Model, width: float = 0.5, *, multiple: int = 1, seed: i
 
     try:
         with seeded(seed):
-            config = edit(model.get_config(), "")
-            student = type(model).from_config(config)
+            config = model.get_config()
+            # A lifted model's student is no longer tied to the file that it was lifted from.
+            cls = keras.Model if "graph" in config else type(model)
+            student = cls.from_config(edit(dict(graph_config(config)), ""))
             if not student.built:
                 student.build(model.input_shape)
     except Exception as error:

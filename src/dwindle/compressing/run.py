@@ -22,6 +22,7 @@ from dwindle.errors import ConfigError, DataError
 from dwindle.exporting import output_quanta, predict
 from dwindle.exporting.verify import BOUNDS, compare
 from dwindle.files import write_text
+from dwindle.lifting import lift
 from dwindle.measuring import (
     LiteRTRunner,
     check_metric,
@@ -33,6 +34,7 @@ from dwindle.measuring import (
 )
 from dwindle.quantization.schemes import resolve_scheme
 from dwindle.reporting import write_report
+from dwindle.weights import is_graph
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,9 +117,12 @@ def compress(
         raise ConfigError(f"`epochs` is {epochs}; it must be at least 1")
     check_metric(metric)
     check_out_folder(out, resume=resume, force=force)
+    say = say or _silent
+    if not is_graph(model):
+        say(f"{model.name} is a subclassed model: it is lifted, the same computation as a functional model")
+        model = lift(model)
     fitted = _data_for(model, train, validation, test, data)
     begun = time.monotonic()
-    say = say or _silent
     marks = {"seed": seed, "epochs": epochs, "model": fingerprint(model), "data": fitted.sha256}
     store = Store(out, marks, resume=resume, force=force)
     teaches = len(model.outputs) == 1 and len(model.outputs[0].shape) == 2 and int(model.outputs[0].shape[1] or 0) > 1

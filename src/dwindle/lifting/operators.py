@@ -156,7 +156,7 @@ def _fully_connected(context: Context, operation: Operation, inputs: list[Any]) 
     units, features = kernel.shape
     value = inputs[0]
     if int(value.shape[-1]) != features or (len(value.shape) > 2 and not operation.options.get("keepNumDims")):
-        value = context.layer(keras.layers.Reshape, operation, target_shape=(features,))(value)
+        value = context.layer(keras.layers.Flatten, operation)(value)
     layer = context.layer(
         keras.layers.Dense,
         operation,
@@ -190,6 +190,8 @@ def _reshape(context: Context, operation: Operation, inputs: list[Any]) -> Any:
             f"{operation.name} `{operation.outputs[0].name}` moves values across the batch axis "
             f"({tuple(inputs[0].shape)} to {shape})"
         )
+    if len(after) == 1:  # says what it does whatever the width, so that a narrower twin fits together
+        return context.layer(keras.layers.Flatten, operation)(inputs[0])
     return context.layer(keras.layers.Reshape, operation, target_shape=tuple(after))(inputs[0])
 
 
