@@ -193,7 +193,8 @@ class Verdict:
     def text(self) -> str:
         """Say it in words."""
         if self.unit == "points":
-            return f"loss of {100 * self.value:.2f} points, at most {100 * self.limit:.2f}"
+            change = f"loss of {100 * self.value:.2f}" if self.value >= 0 else f"gain of {-100 * self.value:.2f}"
+            return f"{change} points, at most {100 * self.limit:.2f} lost"
         if self.unit == "bytes":
             what = "RAM" if self.goal == "max_ram" else "size"
             return f"{what} {self.value / 1000:,.1f} KB, at most {self.limit / 1000:,.1f} KB"
