@@ -151,3 +151,18 @@ def test_bad_arguments(arrays, tmp_path):
     (tmp_path / "bad.py").write_text("def load():\n    return 1 / 0\n")
     with pytest.raises(dw.DataError, match=r"ZeroDivisionError: division by zero"):
         read_data(f"{tmp_path / 'bad.py'}:load")
+
+
+def test_one_array_under_the_name_of_an_npz_is_said_to_be_one(tmp_path):
+    with (tmp_path / "one.npz").open("wb") as stream:
+        np.save(stream, np.zeros((3, 2)))
+    with pytest.raises(dw.DataError, match=r"one\.npz` is one array, not an \.npz with x_train"):
+        read_data(tmp_path / "one.npz")
+
+
+def test_a_damaged_npz_is_one_sentence_and_is_closed(arrays, tmp_path):
+    np.savez(tmp_path / "data.npz", **arrays)
+    content = (tmp_path / "data.npz").read_bytes()
+    (tmp_path / "cut.npz").write_bytes(content[: len(content) // 2])
+    with pytest.raises(dw.DataError, match=r"cut\.npz` is no \.npz file, or a damaged one"):
+        read_data(tmp_path / "cut.npz")

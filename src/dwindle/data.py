@@ -149,7 +149,9 @@ def _arrays(source: Any, image_size: tuple[int, int] | None) -> Named:
 
 def _from_npz(path: Path) -> dict[str, Any]:
     try:
-        with np.load(path, allow_pickle=False) as file:
+        # Opened here, so that it is closed also where NumPy finds it damaged.
+        with path.open("rb") as stream:
+            file = np.load(stream, allow_pickle=False)
             if not isinstance(file, np.lib.npyio.NpzFile):
                 raise DataError(f"data `{path}` is one array, not an .npz with {_KEYS}")
             return {name: file[name] for name in file.files}
