@@ -43,24 +43,24 @@ class MissingDependencyError(DwindleError, ImportError):
     """An optional package is missing; the message says what to install."""
 
 
-def did_you_mean(value: object, accepted: Iterable[str]) -> str:
+def did_you_mean(value: object, accepted: Iterable[object]) -> str:
     """Return ``"; did you mean `x`?"`` for a near miss, else an empty string.
 
     Args:
         value: What the user wrote.
         accepted: The names that would have been accepted.
     """
-    near = difflib.get_close_matches(str(value), list(accepted), n=1)
+    near = difflib.get_close_matches(str(value), [str(item) for item in accepted], n=1)
     return f"; did you mean `{near[0]}`?" if near else ""
 
 
-def check_choice(name: str, value: object, accepted: Iterable[str]) -> None:
+def check_choice(name: str, value: object, accepted: Iterable[object]) -> None:
     """Raise `ConfigError` unless ``value`` is one of ``accepted``.
 
     Args:
         name: The argument's name, as the user typed it.
         value: What the user passed.
-        accepted: The accepted names.
+        accepted: The accepted values.
 
     Raises:
         ConfigError: With the accepted names and the nearest one.

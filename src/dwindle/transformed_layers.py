@@ -43,13 +43,17 @@ class TransformedLayer:
                 shape=value.shape,
                 dtype=str(value.dtype),
                 initializer=_Given(value),
-                trainable=False,
+                trainable=name in transform.trained,
             )
         return variables
 
     def transforms(self, key: str) -> tuple[Transform, ...]:
         """Return the transforms of one weight, in the order in which they apply."""
         return tuple(self._dwindle_transforms[key])
+
+    def transforms_and_states(self, key: str) -> tuple[tuple[Transform, dict[str, Any]], ...]:
+        """Return the transforms of one weight with their variables, in the order in which they apply."""
+        return tuple(zip(self._dwindle_transforms[key], self.__dict__["_dwindle_states"][key], strict=True))
 
     def effective_before(self, key: str, *, order: int) -> np.ndarray:
         """Return the weight after the transforms that come before ``order`` in the stack."""
@@ -71,9 +75,12 @@ class TransformedLayer:
     def _dwindle_step(self) -> None:
         """Advance every transform by one training step and add the penalties."""
         for key, transforms in self._dwindle_transforms.items():
+            acting = [number for number, transform in enumerate(transforms) if _acts(type(transform))]
+            if not acting:
+                continue
             owner, weight = resolve(self, key)
             value = keras.ops.convert_to_tensor(raw_variable(owner, weight))
-            for transform, state in zip(transforms, self.__dict__["_dwindle_states"][key], strict=True):
+            for transform, state in self.transforms_and_states(key)[: acting[-1] + 1]:
                 transform.update(value, state)
                 penalty = transform.penalty(value, state)
                 if penalty is not None:
@@ -101,6 +108,11 @@ class TransformedLayer:
     def load_own_variables(self, store: Any) -> None:
         """Load what `save_own_variables` wrote."""
         keras.layers.Layer.load_own_variables(self, store)
+
+
+def _acts(cls: type[Transform]) -> bool:
+    """Whether a kind of transform does something in a training step besides being applied."""
+    return cls.update is not Transform.update or cls.penalty is not Transform.penalty
 
 
 def _api_module(cls: type) -> str:

@@ -44,6 +44,8 @@ class Transform:
     kind: ClassVar[str]
     #: Where in the stack the transform stands: masks (10) before shared values (20) before quantization (30).
     order: ClassVar[int]
+    #: Names of the state variables that gradients train.
+    trained: tuple[str, ...] = ()
 
     def state(self, shape: tuple[int, ...]) -> dict[str, np.ndarray]:
         """Return the initial value of each state variable for a weight of this shape."""
@@ -192,6 +194,9 @@ LAYER_TABLE: dict[str, tuple[WeightSpec, ...]] = {
 
 def _specs(layer: Any) -> tuple[WeightSpec, ...]:
     for cls in type(layer).__mro__:
+        if "weight_specs" in vars(cls):  # dwindle's own layers say it themselves
+            found: tuple[WeightSpec, ...] = vars(cls)["weight_specs"]
+            return found
         if cls.__module__.split(".")[0] == "keras" and cls.__name__ in LAYER_TABLE:
             return LAYER_TABLE[cls.__name__]
     return ()
@@ -230,7 +235,7 @@ def layer_slots(layer: Any) -> list[Slot]:
             raw = raw_variable(owner, spec.weight)
             if raw is not None:
                 shape = tuple(int(size) for size in raw.shape)
-                axes = tuple(sorted(axis % len(shape) for axis in spec.channel_axes))
+                axes = tuple(sorted(axis % len(shape) for axis in spec.channel_axes)) if shape else ()
                 found.append(
                     Slot(
                         layer=layer.name, path=path, weight=spec.weight, shape=shape, channel_axes=axes,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,11 +14,11 @@ import keras
 import numpy as np
 
 from dwindle.attaching import full_precision
-from dwindle.errors import ConfigError, UnsupportedModelError, check_choice
+from dwindle.errors import ConfigError, check_choice
 from dwindle.exporting.convert import float_file, random_input
 from dwindle.exporting.verify import BOUNDS, Bound, Verification, compare, require
 from dwindle.files import check_output_file, write_bytes
-from dwindle.lifting.flatbuffer import read_graph
+from dwindle.lifting.flatbuffer import Graph, Tensor, read_graph
 from dwindle.quantization import (
     IO_TYPES,
     Scheme,
@@ -29,6 +29,8 @@ from dwindle.quantization import (
     simulate,
     write_quantized,
 )
+from dwindle.quantization.assignment import assign, widened
+from dwindle.quantization.calibration import METHODS
 
 __all__ = ["Artefact", "Verification", "export", "float_file"]
 
@@ -59,27 +61,30 @@ class Artefact:
 def export(
     model: keras.Model,
     path: str | Path,
-    scheme: str | Scheme | None = None,
+    scheme: str | Scheme | Mapping[str, Any] | None = None,
     data: Any = None,
     *,
     io_type: str = "float32",
+    calibration: str = "min-max",
     verify_samples: int = 512,
 ) -> Artefact:
     """Write a model as a ``.tflite`` file, run the file, and compare it with the model.
 
-    Bounds: float32, every output within 1e-4 of the largest output; float16, within 1e-2; ``int8``, 99% of outputs
-    within one output quantum of the simulation (the same rounding in Keras); ``int8-dynamic``, 99% within 5e-2 of
-    the largest output of the model with rounded weights.
+    Bounds: float32, every output within 1e-4 of the largest output; float16, within 1e-2; 8-bit activations, 99% of
+    outputs within one output quantum of the simulation (the same rounding in Keras); 16-bit activations, within 32
+    quanta of 16 bits (an eighth of one of 8 bits); the others, 99% within 1e-2 of the simulation's largest output.
 
     Args:
         model: Any built Keras model; techniques are baked in. A model from `quantize` is written with its trained
             weights and ranges.
         path: Where to write; ends in ``.tflite``. An existing file is replaced once the new one is verified.
-        scheme: ``"float32"``, ``"float16"``, ``"int8"`` or ``"int8-dynamic"``. None: what `quantize` was called
-            with, else ``"float32"``.
-        data: Samples for calibration (``int8``) and verification: array, list of arrays, `Data`, or what
+        scheme: A name, a `Scheme`, or a mapping from layer or operator patterns to schemes; see
+            `dwindle.quantization.resolve_scheme`. None: what `quantize` was called with, else ``"float32"``.
+        data: Samples for calibration (integer activations) and verification: array, list of arrays, `Data`, or what
             `dwindle.data.read_data` reads. Without it, verification runs on seeded random inputs.
-        io_type: ``"float32"`` or ``"int8"``: what an int8 file takes and gives.
+        io_type: What a file with integer activations takes and gives: ``"float32"``, ``"int8"``, ``"uint8"``, or
+            ``"int16"`` where activations have 16 bits.
+        calibration: How ranges are chosen; see `dwindle.quantization.calibrate`.
         verify_samples: At most this many samples are compared.
 
     Returns:
@@ -93,29 +98,36 @@ def export(
     """
     path = check_output_file(path, suffixes=(".tflite",))
     check_choice("io_type", io_type, IO_TYPES)
+    check_choice("calibration", calibration, METHODS)
     trained = getattr(model, "quantization", None)
     chosen = _chosen_scheme(scheme, trained)
-    if io_type != "float32" and not chosen.needs_data:
-        raise ConfigError(
-            f"`io_type` is {io_type!r}, but a file of scheme `{chosen.name}` has float inputs; leave it out"
-        )
-    notes: list[str] = []
+    _check_io_type(io_type, chosen)
+    notes: list[str] = list(getattr(model, "notes", ()))
     if isinstance(model, keras.Model) and (raised := full_precision(model)) is not model:
         model = raised
         notes.append("the model computes in lower precision; the file and what it is compared with in float32")
     content = float_file(model)
+    if not trained:
+        notes += widened(read_graph(content), chosen)
     if data is None and not (chosen.needs_data and not trained):
         samples = tuple(random_input(t.shape[1:], t.dtype, RANDOM_SAMPLES) for t in read_graph(content).inputs)
     else:
         samples = calibration_samples(input_shapes(model, content), data, limit=max(verify_samples, 512))
     inputs = [np.asarray(array[:verify_samples]) for array in samples]
     written, twin, bound, reference = content, model, BOUNDS["float32"], "the Keras model"
-    if chosen.weights == 16:
+    if chosen.is_float and any(choice.weights == 16 for choice in assign(read_graph(content), chosen)):
         written, bound = write_quantized(content, chosen, None), BOUNDS["float16"]
     elif not chosen.is_float:
-        ranges = _ranges(trained, chosen, content, samples)
-        written = write_quantized(content, chosen, ranges, io_type=io_type)
-        twin, bound, reference = _reference(model, content, chosen, ranges, trained, notes)
+        ranges = _ranges(trained, chosen, content, samples, calibration)
+        bounds = model.weight_bounds if trained else None
+        written = write_quantized(content, chosen, ranges, io_type=io_type, weight_bounds=bounds)
+        bound = BOUNDS[_bound_of(written, chosen)]
+        if trained and not trained.get("ranged"):
+            model.sync()
+            reference = "the model in quantized training"
+        else:
+            twin = simulate(content, chosen, ranges, name=model.name, weight_bounds=bounds)
+            reference = "the simulation of the quantized file"
         notes += _float_operators(written)
     verification = check(written, twin, inputs, bound, reference)
     require(verification, content, written, inputs)
@@ -126,7 +138,7 @@ def export(
     )  # fmt: skip
 
 
-def _chosen_scheme(scheme: str | Scheme | None, trained: dict[str, Any] | None) -> Scheme:
+def _chosen_scheme(scheme: str | Scheme | Mapping[str, Any] | None, trained: dict[str, Any] | None) -> Scheme:
     if scheme is None:
         return Scheme.from_dict(trained["scheme"]) if trained else resolve_scheme("float32")
     chosen = resolve_scheme(scheme)
@@ -138,28 +150,48 @@ def _chosen_scheme(scheme: str | Scheme | None, trained: dict[str, Any] | None) 
     return chosen
 
 
+def _bound_of(content: bytes, scheme: Scheme) -> str:
+    """Return which bound a quantized file has to meet: a model's outputs may differ in kind from layer to layer."""
+    graph = read_graph(content)
+    bits = {tensor.bits for op in graph.operations for tensor in op.outputs if tensor.is_quantized}
+    if not scheme.needs_data or not bits:
+        return "dynamic"
+    ends = {(t.bits if t.is_quantized else 32) for t in _before_dequantizing(graph)}
+    return {8: "static", 16: "static16"}.get(max(ends), "dynamic")
+
+
+def _before_dequantizing(graph: Graph) -> list[Tensor]:
+    """Return the outputs, or what they are made from where a file gives floats."""
+    makers = {tensor.index: operation for operation in graph.operations for tensor in operation.outputs}
+    found = []
+    for tensor in graph.outputs:
+        maker = makers.get(tensor.index)
+        source = maker.inputs[0] if maker is not None and maker.name == "DEQUANTIZE" else None
+        found.append(tensor if source is None else source)
+    return found
+
+
+def _check_io_type(io_type: str, scheme: Scheme) -> None:
+    if io_type != "float32" and not scheme.is_static:
+        raise ConfigError(
+            f"`io_type` is {io_type!r}, but a file of scheme `{scheme.name}` has float inputs; leave it out"
+        )
+    wide = io_type == "int16"
+    if io_type != "float32" and wide != (scheme.activations == 16):
+        raise ConfigError(
+            f"`io_type` is {io_type!r}, but scheme `{scheme.name}` has activations of {scheme.activations} bits; use "
+            f"`{'int16' if scheme.activations == 16 else 'int8'}` or `float32`"
+        )
+
+
 def _ranges(
-    trained: dict[str, Any] | None, scheme: Scheme, content: bytes, samples: tuple[np.ndarray, ...]
+    trained: dict[str, Any] | None, scheme: Scheme, content: bytes, samples: tuple[np.ndarray, ...], method: str
 ) -> dict[str, tuple[float, float]] | None:
     if not scheme.needs_data:
         return None
     if trained:
         return {name: (float(low), float(high)) for name, (low, high) in trained["ranges"].items()}
-    return calibrate(content, samples)
-
-
-def _reference(
-    model: Any, content: bytes, scheme: Scheme, ranges: Any, trained: Any, notes: list[str]
-) -> tuple[Any, Bound, str]:
-    """Return the model that the quantized file must agree with, and how well."""
-    bound = BOUNDS["dynamic" if scheme.dynamic else "static"]
-    if trained:
-        return model, bound, "the model in quantized training"
-    try:
-        return simulate(content, scheme, ranges, name=model.name), bound, "the simulation of the quantized file"
-    except UnsupportedModelError as error:
-        notes.append(f"compared with the float model instead of a simulation: {error}")
-        return model, BOUNDS["unlifted"], "the float Keras model"
+    return calibrate(content, samples, method=method)
 
 
 def _float_operators(content: bytes) -> list[str]:
@@ -223,12 +255,7 @@ def pack_inputs(model: Any, inputs: Sequence[np.ndarray]) -> Any:
 
 def output_quanta(content: bytes) -> list[float | None]:
     """Return the step of each output of a file: its own scale, or that of the integers it is made from."""
-    graph = read_graph(content)
-    makers = {tensor.index: operation for operation in graph.operations for tensor in operation.outputs}
-    steps: list[float | None] = []
-    for tensor in graph.outputs:
-        maker = makers.get(tensor.index)
-        if not tensor.is_quantized and maker is not None and maker.name == "DEQUANTIZE" and maker.inputs[0] is not None:
-            tensor = maker.inputs[0]
-        steps.append(float(tensor.scale.reshape(-1)[0]) if tensor.is_quantized and tensor.scale is not None else None)
-    return steps
+    return [
+        float(tensor.scale.reshape(-1)[0]) if tensor.is_quantized and tensor.scale is not None else None
+        for tensor in _before_dequantizing(read_graph(content))
+    ]

@@ -16,7 +16,7 @@ import keras
 import numpy as np
 
 from dwindle.errors import ConfigError, ConversionError
-from dwindle.lifting.flatbuffer import ordered, read_graph, resizable
+from dwindle.lifting.flatbuffer import named_as_layers, ordered, read_graph, resizable
 from dwindle.weights import is_graph
 
 
@@ -65,12 +65,37 @@ def _convert(model: keras.Model) -> bytes:
     module = tf.Module()
     module.serve = tf.function(serve, input_signature=specs, autograph=False)
     module.variables_kept = [variable.value for variable in model.variables]
-    with tempfile.TemporaryDirectory() as folder, _quiet():
+    with tempfile.TemporaryDirectory() as folder, _quiet(), _unrolled(model):
         try:
             tf.saved_model.save(module, folder, signatures={"serving_default": module.serve.get_concrete_function()})
-            return ordered(_convert_folder(tf, folder), [spec.name for spec in specs])
+            content = ordered(_convert_folder(tf, folder), [spec.name for spec in specs])
         except Exception as error:
             raise ConversionError(f"`{model.name}` can't be converted to LiteRT: {_reason(error)}") from error
+    return named_as_layers(content, {model.name, *(layer.name for layer in model._flatten_layers())})
+
+
+# A longer sequence stays a loop in the file, which is neither quantized nor trained.
+LONGEST_UNROLLED = 256
+
+
+@contextlib.contextmanager
+def _unrolled(model: keras.Model) -> Iterator[None]:
+    """Unroll recurrent layers while the model is traced: loops can't be quantized, and bring lists of tensors in."""
+    changed = []
+    for layer in model._flatten_layers():
+        if getattr(layer, "unroll", None) is False:
+            try:
+                steps = layer.input.shape[1]
+            except (AttributeError, ValueError, IndexError):  # called several times, or inside another layer
+                steps = None
+            if steps is None or steps <= LONGEST_UNROLLED:
+                layer.unroll = True
+                changed.append(layer)
+    try:
+        yield
+    finally:
+        for layer in changed:
+            layer.unroll = False
 
 
 def saved_model_file(folder: Path) -> bytes:

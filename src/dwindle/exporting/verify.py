@@ -30,19 +30,20 @@ class Bound:
 
     def __str__(self) -> str:
         """Say it in words."""
-        amount = f"{self.tolerance:g} of the {self.unit}" if self.unit != "quantum" else f"{self.tolerance:g} quantum"
+        quanta = f"{self.tolerance:g} quantum" if self.tolerance == 1 else f"{self.tolerance:g} quanta of 16 bits"
+        amount = quanta if self.unit == "quantum" else f"{self.tolerance:g} of the {self.unit}"
         return f"{self.share:.1%} of outputs within {amount}" if self.share < 1 else f"every output within {amount}"
 
 
-# float16 rounds weights to 11 bits; a dynamic file also rounds each activation, to a range known only as it runs.
-# In a static file a value next to a rounding boundary may fall on its other side, because kernels multiply with
-# fixed-point factors; in a deep graph a few such values travel on.
+# float16 rounds weights to 11 bits. In a dynamic file a value next to a rounding boundary may fall on its other side;
+# so it may in a static one, because kernels multiply with fixed-point factors, and in a deep graph a few such values
+# travel on. 16-bit kernels interpolate softmax, tanh and roots in tables, and multiply with factors of 15 bits.
 BOUNDS = {
     "float32": Bound(tolerance=1e-4, unit="largest output", share=1.0),
     "float16": Bound(tolerance=1e-2, unit="largest output", share=1.0),
-    "dynamic": Bound(tolerance=5e-2, unit="largest output", share=0.99),
+    "dynamic": Bound(tolerance=1e-2, unit="largest output", share=0.99),
     "static": Bound(tolerance=1.0, unit="quantum", share=0.99),
-    "unlifted": Bound(tolerance=1e-1, unit="largest output", share=0.95),
+    "static16": Bound(tolerance=32.0, unit="quantum", share=0.99),
 }
 
 

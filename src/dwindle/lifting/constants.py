@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import keras
+
+from dwindle.weights import WeightSpec
 
 
 @keras.saving.register_keras_serializable("dwindle")
@@ -17,6 +19,8 @@ class ConstantOperand(keras.layers.Layer):
         shape: Shape of the constant; it broadcasts against the input.
         constant_first: Whether the constant is the left operand.
     """
+
+    weight_specs: ClassVar[tuple[WeightSpec, ...]] = (WeightSpec(weight="value", channel_axes=(-1,), prunable=False),)
 
     def __init__(self, *, kind: str, shape: Sequence[int], constant_first: bool = False, **kwargs: Any) -> None:
         super().__init__(**kwargs)
@@ -52,25 +56,31 @@ class ConstantOperand(keras.layers.Layer):
 
 @keras.saving.register_keras_serializable("dwindle")
 class Pad(keras.layers.Layer):
-    """Pad every axis but the batch with a constant.
+    """Pad every axis but the batch.
 
     Args:
         paddings: ``[[before, after], ...]``, one pair an axis, the batch axis first (and zero).
-        fill: The value.
+        fill: The value, in mode ``constant``.
+        mode: ``constant``, ``reflect`` or ``symmetric``.
     """
 
-    def __init__(self, *, paddings: Sequence[Sequence[int]], fill: float = 0.0, **kwargs: Any) -> None:
+    def __init__(
+        self, *, paddings: Sequence[Sequence[int]], fill: float = 0.0, mode: str = "constant", **kwargs: Any
+    ) -> None:
         super().__init__(**kwargs)
         self.paddings = [list(pair) for pair in paddings]
         self.fill = fill
+        self.mode = mode
 
     def call(self, inputs: Any) -> Any:
         """Return the padded tensor."""
+        if self.mode != "constant":
+            return keras.ops.pad(inputs, self.paddings, mode=self.mode)
         return keras.ops.pad(inputs, self.paddings, constant_values=self.fill)
 
     def get_config(self) -> dict[str, Any]:
         """Return what makes an equal layer."""
-        return {**super().get_config(), "paddings": self.paddings, "fill": self.fill}
+        return {**super().get_config(), "paddings": self.paddings, "fill": self.fill, "mode": self.mode}
 
 
 @keras.saving.register_keras_serializable("dwindle")
@@ -108,6 +118,10 @@ class Gather(keras.layers.Layer):
         width: Shape of one row.
     """
 
+    weight_specs: ClassVar[tuple[WeightSpec, ...]] = (
+        WeightSpec(weight="embeddings", channel_axes=(0,), prunable=False),
+    )
+
     def __init__(self, *, rows: int, width: Sequence[int], **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self.rows = rows
@@ -125,3 +139,92 @@ class Gather(keras.layers.Layer):
     def get_config(self) -> dict[str, Any]:
         """Return what makes an equal layer."""
         return {**super().get_config(), "rows": self.rows, "width": list(self.width)}
+
+
+@keras.saving.register_keras_serializable("dwindle")
+class FixedOperand(keras.layers.Layer):
+    """Combine an integer input with a constant that is not trained.
+
+    Args:
+        kind: As in `ConstantOperand`.
+        value: The constant, nested lists.
+        dtype_name: Its type.
+        constant_first: Whether the constant is the left operand.
+    """
+
+    def __init__(
+        self, *, kind: str, value: Any, dtype_name: str, constant_first: bool = False, **kwargs: Any
+    ) -> None:  # fmt: skip
+        super().__init__(**kwargs)
+        self.kind = kind
+        self.value = value
+        self.dtype_name = dtype_name
+        self.constant_first = constant_first
+        self.autocast = False
+
+    def call(self, inputs: Any) -> Any:
+        """Return the combination."""
+        ops = keras.ops
+        value = ops.convert_to_tensor(self.value, dtype=self.dtype_name)
+        a, b = (value, inputs) if self.constant_first else (inputs, value)
+        functions = {
+            "add": ops.add, "sub": ops.subtract, "mul": ops.multiply, "div": ops.floor_divide,
+            "maximum": ops.maximum, "minimum": ops.minimum, "pow": ops.power,
+        }  # fmt: skip
+        if self.kind == "squared_difference":
+            return ops.square(ops.subtract(a, b))
+        return ops.cast(functions[self.kind](a, b), self.dtype_name)
+
+    def get_config(self) -> dict[str, Any]:
+        """Return what makes an equal layer."""
+        own = {"kind": self.kind, "value": self.value, "dtype_name": self.dtype_name,
+               "constant_first": self.constant_first}  # fmt: skip
+        return {**super().get_config(), **own}
+
+
+@keras.saving.register_keras_serializable("dwindle")
+class MatMul(keras.layers.Layer):
+    """Multiply matrices in the last two axes, of two tensors or of a tensor and a trainable constant.
+
+    Args:
+        transpose_a: Whether the left operand's last two axes are swapped first.
+        transpose_b: The same for the right one.
+        constant: Shape of the constant; None for two tensors.
+        constant_first: Whether the constant is the left operand.
+    """
+
+    weight_specs: ClassVar[tuple[WeightSpec, ...]] = (WeightSpec(weight="kernel", channel_axes=(-1,)),)
+
+    def __init__(
+        self, *, transpose_a: bool = False, transpose_b: bool = False, constant: Sequence[int] | None = None,
+        constant_first: bool = False, **kwargs: Any,
+    ) -> None:  # fmt: skip
+        super().__init__(**kwargs)
+        self.transpose_a = transpose_a
+        self.transpose_b = transpose_b
+        self.constant = None if constant is None else tuple(constant)
+        self.constant_first = constant_first
+
+    def build(self, input_shape: Any) -> None:
+        """Create the constant."""
+        del input_shape
+        if self.constant is not None:
+            self.kernel = self.add_weight(name="kernel", shape=self.constant, initializer="zeros")
+
+    def call(self, inputs: Any) -> Any:
+        """Return the product."""
+        if self.constant is not None:
+            kernel = keras.ops.convert_to_tensor(self.kernel)
+            a, b = (kernel, inputs) if self.constant_first else (inputs, kernel)
+        else:
+            a, b = inputs
+        a = keras.ops.swapaxes(a, -1, -2) if self.transpose_a else a
+        b = keras.ops.swapaxes(b, -1, -2) if self.transpose_b else b
+        return keras.ops.matmul(a, b)
+
+    def get_config(self) -> dict[str, Any]:
+        """Return what makes an equal layer."""
+        own = {"transpose_a": self.transpose_a, "transpose_b": self.transpose_b,
+               "constant": None if self.constant is None else list(self.constant),
+               "constant_first": self.constant_first}  # fmt: skip
+        return {**super().get_config(), **own}

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+import re
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -46,6 +47,7 @@ class Tensor:
         zero_point: Quantization zero points.
         axis: Axis that the scales run along.
         buffer: Number of its buffer.
+        block: Values along the last axis that share a scale; 0 where scales run along ``axis``.
     """
 
     index: int
@@ -58,11 +60,12 @@ class Tensor:
     zero_point: np.ndarray | None
     axis: int
     buffer: int
+    block: int = 0
 
     @property
     def is_quantized(self) -> bool:
         """Whether it holds integers with a scale."""
-        return self.scale is not None and self.dtype in (np.int8, np.int16, np.uint8)
+        return (self.scale is not None or self.block > 0) and self.dtype in (np.int8, np.int16, np.uint8)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -252,6 +255,7 @@ def _tensor(model: Any, index: int, tensor: Any) -> Tensor:
         zero_point=zero_point,
         axis=int(quantization.quantizedDimension) if quantization is not None else 0,
         buffer=int(tensor.buffer),
+        block=int(getattr(getattr(quantization, "details", None), "blockSize", 0) or 0),
     )
 
 
@@ -310,6 +314,8 @@ def resizable(content: bytes) -> bytes:
     model = parse(content)
     model = copy.deepcopy(model)
     main = model.subgraphs[0]
+    if any(operator_name(model, operation) == "TRANSPOSE_CONV" for operation in main.operators or []):
+        return content  # it has the batch in its output shape, and only some kernels overlook it
     constants = {index for index, buffer in enumerate(model.buffers) if buffer.data is not None and len(buffer.data)}
     for tensor in main.tensors:
         shape = _list(tensor.shape)
@@ -347,3 +353,46 @@ def ordered(content: bytes, inputs: list[str]) -> bytes:
     if sorted(index for _, index in results) == sorted(_list(main.outputs)):
         main.outputs = np.array([index for _, index in results], np.int32)
     return serialize(model)
+
+
+def short_name(name: str) -> str:
+    """Return the part of a converter's tensor name that says which layer it is."""
+    name = name.split(";")[0].split(":")[0]
+    parts = [part for part in name.split("/") if part]
+    if len(parts) > 1:
+        parts = parts[1:] if len(parts) > 2 else parts
+        parts = parts[:-1] if len(parts) > 1 else parts
+    return "_".join(parts) or "tensor"
+
+
+def named_as_layers(content: bytes, layers: Collection[str]) -> bytes:
+    """Return the file with tensor names that carry the model's own layer names.
+
+    Tracing numbers every scope (``model_1/conv2d_1/Relu`` for the layer ``conv2d``); a scope is given its layer's
+    name back where the number's removal gives one.
+
+    Args:
+        content: A file.
+        layers: Names of the model and of all its layers, nested ones too.
+    """
+    model = parse(content)
+    taken: set[str] = set()
+    for tensor in model.subgraphs[0].tensors:
+        name = ";".join(_named(part, layers) for part in (tensor.name or b"").decode("utf8", "replace").split(";"))
+        count, unique = 0, name
+        while unique in taken:
+            count += 1
+            unique = f"{name}_{count}"
+        taken.add(unique)
+        tensor.name = unique.encode("utf8")
+    return serialize(model)
+
+
+def _named(path: str, layers: Collection[str]) -> str:
+    *scopes, last = path.split("/")
+    for number, scope in enumerate(scopes):
+        stripped = re.sub(r"_\d+$", "", scope)
+        if stripped not in layers:
+            break
+        scopes[number] = stripped
+    return "/".join([*scopes, last])

@@ -2,72 +2,109 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import keras
 import numpy as np
 
-from dwindle.errors import ConfigError, DataError
+from dwindle.errors import ConfigError, DataError, check_choice
 from dwindle.lifting.flatbuffer import read_graph
 from dwindle.lifting.lifted import LiftedModel, build_lifted
-from dwindle.quantization.calibration import Ranges, calibrate
-from dwindle.quantization.schemes import Scheme, resolve_scheme
+from dwindle.quantization.assignment import assign, widened
+from dwindle.quantization.calibration import METHODS, Ranges, calibrate
+from dwindle.quantization.fake_quantization import RANGES
+from dwindle.quantization.schemes import Scheme, for_layers, resolve_scheme
 from dwindle.quantization.writing import read_grids, write_quantized
 
 CALIBRATION_SAMPLES = 512
 
 
 def quantize(
-    model: keras.Model, scheme: str | Scheme = "int8", data: Any = None, *, keep_zeros: bool = True
+    model: keras.Model,
+    scheme: str | Scheme | Mapping[str, Any] = "int8",
+    data: Any = None,
+    *,
+    layers: str | Sequence[str] | None = None,
+    ranges: str = "fixed",
+    calibration: str = "min-max",
+    keep_zeros: bool = True,
 ) -> LiftedModel:
     """Return a trainable twin of ``model`` that computes what its quantized file will compute.
 
     The model is converted to a float file and lifted back, so BatchNorm is folded and activations are fused as in
     the file. The quantizer then writes a quantized file, and the twin rounds exactly where that file does: weights
-    per output channel, activations on fixed ranges from calibration. Train it with plain ``fit``, then `export`
-    it: the file gets the trained weights.
+    per output channel, activations on ranges from calibration. Train it with plain ``fit``, then `export` it: the
+    file gets the trained weights and ranges.
 
     Args:
         model: Any Keras model that converts; it is not changed. Masks and shared values are baked in first.
-        scheme: ``"int8"`` or ``"int8-dynamic"`` (weights only).
+        scheme: A scheme's name, a `Scheme`, or a mapping from layer or operator patterns to schemes; see
+            `dwindle.quantization.resolve_scheme`.
         data: Calibration samples, a few hundred: array, list of arrays (one per input), `Data`, or anything that
-            `dwindle.data.read_data` reads. Needed for ``"int8"``.
+            `dwindle.data.read_data` reads. Needed for schemes with integer activations.
+        layers: Shell-style patterns of the layers or operators to quantize; the rest stays float. None: all.
+        ranges: How the ranges of activations, and the steps of weights, behave in training. ``"fixed"``: activations as
+            calibrated, weights by their largest. ``"moving"``: activations by a moving average of each batch's ends.
+            ``"learned"``: both trained by gradient (learned step size).
+        calibration: ``"min-max"``, ``"percentile"``, ``"mse"`` or ``"entropy"``; see `dwindle.quantization.calibrate`.
         keep_zeros: Whether zeros of a pruned weight stay zero in training.
 
     Returns:
-        A functional model, not compiled.
+        A functional model, not compiled. ``notes`` says what could not be made trainable or as narrow as asked.
 
     Raises:
-        ConfigError: For a scheme without integers.
+        ConfigError: For a scheme without integers, or one that the model's layers can't have.
         DataError: If calibration data is missing or does not fit.
-        UnsupportedModelError: If an operator of the model can't be made trainable yet.
+        UnsupportedModelError: If the file keeps a state between runs.
 
     References:
-        Jacob et al. 2018, arXiv 1712.05877.
+        Jacob et al. 2018, arXiv 1712.05877; Esser et al. 2020 (learned step size), arXiv 1902.08153.
     """
     from dwindle.exporting.convert import float_file
 
-    chosen = resolve_scheme(scheme)
+    chosen = for_layers(resolve_scheme(scheme), layers)
+    check_choice("ranges", ranges, RANGES)
+    check_choice("calibration", calibration, METHODS)
     if chosen.is_float:
         raise ConfigError(f"`scheme` is `{chosen.name}`, which has no integers to train for; use `int8`")
     content = float_file(model)
-    ranges = None
+    assign(read_graph(content), chosen)  # a layer that does not exist is said before any work
+    found = None
     if chosen.needs_data:
-        ranges = calibrate(content, calibration_samples(input_shapes(model, content), data))
-    return simulate(content, chosen, ranges, name=model.name, keep_zeros=keep_zeros)
+        found = calibrate(content, calibration_samples(input_shapes(model, content), data), method=calibration)
+    return simulate(content, chosen, found, name=model.name, keep_zeros=keep_zeros, training_ranges=ranges)
 
 
 def simulate(
-    content: bytes, scheme: Scheme, ranges: Ranges | None, *, name: str, keep_zeros: bool = True
+    content: bytes,
+    scheme: Scheme,
+    ranges: Ranges | None,
+    *,
+    name: str,
+    keep_zeros: bool = True,
+    training_ranges: str = "fixed",
+    weight_bounds: Mapping[str, np.ndarray] | None = None,
 ) -> LiftedModel:
     """Build the trainable model of the quantized file that ``scheme`` and ``ranges`` give for a float file."""
     from dwindle.attaching import attach
     from dwindle.weights import KeepZeros
 
-    grids = read_grids(content, write_quantized(content, scheme, ranges))
+    graph = read_graph(content)
+    grids = read_grids(content, write_quantized(content, scheme, ranges, weight_bounds=weight_bounds))
+    for operation, choice in zip(graph.operations, assign(graph, scheme), strict=True):
+        for tensor in operation.inputs[1:2]:
+            if tensor is not None and tensor.name in grids.weights:
+                bound = (weight_bounds or {}).get(tensor.name)
+                grids.weights[tensor.name] = replace(
+                    grids.weights[tensor.name], power_of_two=choice.power_of_two, bound=bound
+                )
     stored = None if ranges is None else {tensor: list(pair) for tensor, pair in ranges.items()}
-    twin = build_lifted(content, grids=grids, name=name, quantization={"scheme": scheme.to_dict(), "ranges": stored})
+    twin = build_lifted(
+        content, grids=grids, name=name, quantization={"scheme": scheme.to_dict(), "ranges": stored},
+        notes=widened(graph, scheme), ranges=training_ranges,
+    )  # fmt: skip
     if keep_zeros:
         zeros = {}
         for link in twin.links:

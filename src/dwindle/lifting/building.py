@@ -1,0 +1,344 @@
+"""Building the Keras model of a LiteRT graph, with fake quantization where the quantized file rounds."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import keras
+import numpy as np
+
+from dwindle.errors import UnsupportedModelError
+from dwindle.lifting.flatbuffer import Graph, Operation, Tensor, short_name
+from dwindle.lifting.grids import Grid, Grids
+from dwindle.lifting.islands import Island, dead_ends
+from dwindle.lifting.layout import to_keras
+from dwindle.lifting.links import Link
+from dwindle.lifting.operators import OPERATORS
+from dwindle.weights import model_slots, walk_layers
+
+# Operators whose outputs lie on the grid of their input, so that quantizing them again changes nothing.
+_KEEPS_GRID = {"MAX_POOL_2D", "RESHAPE", "SQUEEZE", "EXPAND_DIMS", "TRANSPOSE", "STRIDED_SLICE", "SLICE", "SPLIT",
+               "SPLIT_V", "PAD", "RELU", "GATHER", "PACK", "UNPACK", "BROADCAST_TO", "SPACE_TO_DEPTH",
+               "DEPTH_TO_SPACE", "REVERSE_V2", "MIRROR_PAD", "TILE"}  # fmt: skip
+# How kernels round what they compute, where it is not halves to even.
+_ROUNDING = {"AVERAGE_POOL_2D": "away", "ADD": "up", "SUB": "up", "SQRT": "down"}
+# Operators whose output has one grid, whatever the data.
+_OWN_GRID = {"SOFTMAX", "LOGISTIC", "TANH", "LOG_SOFTMAX", "L2_NORMALIZATION"}
+# Operators that keep a state from one run to the next; neither an entry nor an island can stand for them.
+_STATEFUL = {"VAR_HANDLE", "READ_VARIABLE", "ASSIGN_VARIABLE", "CALL_ONCE", "SVDF", "HASHTABLE", "HASHTABLE_FIND"}
+
+
+class Builder:
+    """Walks a graph once and makes the Keras layers.
+
+    A Keras tensor has a sample axis first. Most of a file's tensors have it too, of size 1; where an operator moves
+    or drops that axis, the tensors behind it are held as ``(samples, *shape in the file)``, and `shift` is 1 for the
+    operators that work on them.
+
+    Args:
+        content: The float file.
+        graph: Its graph.
+        grids: Where the quantized file rounds; None for a float model.
+        ranges: How activation ranges behave in training; see `dwindle.quantization.fake_quantization.FakeQuantize`.
+        power_of_two: Whether activation scales are powers of two.
+
+    Attributes:
+        links: Which variable is which constant.
+        islands: Names of the operators that run in the interpreter, and why.
+        two_steps: Layer that rounds twice to the layer before it, and to input scale over output scale.
+        ranged: Tensor name to the layer that rounds it, where the range moves.
+        shift: 1 while the operator at work sees tensors with a sample axis that the file's do not have, else 0.
+    """
+
+    def __init__(
+        self, content: bytes, graph: Graph, grids: Grids | None, *, ranges: str = "fixed", power_of_two: bool = False
+    ) -> None:
+        self.content = content
+        self.graph = graph
+        self.grids = grids or Grids()
+        self.ranges = ranges
+        self.power_of_two = power_of_two
+        self.links: list[Link] = []
+        self.islands: list[str] = []
+        self.ranged: dict[str, str] = {}
+        self.two_steps: dict[str, tuple[str, float]] = {}
+        self.shift = 0
+        self._values: dict[int, Any] = {}
+        self._extra: set[int] = set()
+        self._names: dict[str, int] = {}
+        self._given: dict[str, np.ndarray] = {}
+        self._operations: dict[str, int] = {}
+        self._shared: dict[Grid, Any] = {}
+        self._on_grid: dict[int, Grid] = {}
+        ends = {tensor.index for tensor in graph.outputs}
+        self._probabilities = {
+            tensor.index
+            for operation in graph.operations
+            if operation.name in ("SOFTMAX", "LOGISTIC", "LOG_SOFTMAX")
+            for tensor in operation.outputs
+            if tensor.index in ends
+        }
+        self._pinned = {
+            grid
+            for (number, _), grid in self.grids.outputs.items()
+            if graph.operations[number].name in _OWN_GRID or graph.operations[number].outputs[0].dtype != np.float32
+        }
+
+    def run(self) -> tuple[Any, Any]:
+        """Return the inputs and outputs of the model."""
+        inputs = []
+        for number, tensor in enumerate(self.graph.inputs):
+            shape = tensor.shape[1:]
+            key = keras.Input(shape, dtype=np.dtype(tensor.dtype).name, name=self._name(self.graph.input_names[number]))
+            inputs.append(key)
+            if tensor.shape[:1] != (1,):
+                if tensor.shape:
+                    raise UnsupportedModelError(
+                        f"input `{self.graph.input_names[number]}` has a fixed batch of {tensor.shape[0]} in the file; "
+                        "convert the model with a batch of 1 or an open one"
+                    )
+                raise UnsupportedModelError(f"input `{self.graph.input_names[number]}` is a scalar, without samples")
+            self._values[tensor.index] = self._round(key, self.grids.inputs.get(number), tensor)
+        dead = dead_ends(self.graph)
+        for operation in self.graph.operations:
+            if operation.index not in dead:
+                self._operate(operation)
+        outputs = []
+        for number, tensor in enumerate(self.graph.outputs):
+            if tensor.index not in self._values:
+                raise UnsupportedModelError(f"output `{self.graph.output_names[number]}` is a constant of the file")
+            value = self._values[tensor.index]
+            for grid in self.grids.final.get(number, ()):
+                value = self._fake_quantize(value, grid, tensor.name)
+            outputs.append(value)
+        single = outputs[0] if len(outputs) == 1 else outputs
+        return (inputs[0] if len(inputs) == 1 else inputs), single
+
+    def _operate(self, operation: Operation) -> None:
+        inputs = self._rounded_inputs(operation)
+        results = self._computed(operation, inputs)
+        source = next((t for t in operation.inputs if t is not None and t.value is None), None)
+        for number, (tensor, value) in enumerate(zip(operation.outputs, results, strict=False)):
+            grid = self.grids.outputs.get((operation.index, number))
+            same = source is not None and grid is not None and self._on_grid.get(source.index) == grid
+            edged = any((operation.index, p) in self.grids.edges for p in range(len(operation.inputs)))
+            if grid is not None and same and not edged and operation.name in _KEEPS_GRID:
+                self._values[tensor.index] = value
+                self._on_grid[tensor.index] = grid
+                if self.ranges != "fixed" and source is not None and source.name in self.ranged:
+                    self.ranged[tensor.name] = self.ranged[source.name]
+            else:
+                self._values[tensor.index] = self._round(value, grid, tensor, **self._kernel_rounding(operation, grid))
+
+    def _rounded_inputs(self, operation: Operation) -> list[Any]:
+        """Return the operator's inputs, on the grids between their producer and it; None for constants."""
+        inputs: list[Any] = []
+        for position, tensor in enumerate(operation.inputs):
+            if tensor is None or tensor.value is not None:
+                inputs.append(None)
+                continue
+            value = self._values[tensor.index]
+            before = self._on_grid.get(tensor.index)
+            for step in self.grids.edges.get((operation.index, position), ()):
+                scale = None if before is None else before.scale
+                value = self._fake_quantize(value, step, tensor.name, input_scale=scale)
+                before = step
+            if position == 0 and operation.index in self.grids.dynamic and operation.name != "GATHER":
+                from dwindle.quantization.fake_quantization import DynamicQuantize
+
+                axes = 3 if "CONV" in operation.name else 1
+                name = self._name(f"{short_name(tensor.name)}_rounded")
+                value = DynamicQuantize(axes=axes, name=name, dtype="float32")(value)
+            inputs.append(value)
+        return inputs
+
+    def _computed(self, operation: Operation, inputs: list[Any]) -> list[Any]:
+        """Return the operator's results: by its entry, else as an island."""
+        extra = any(t is not None and t.index in self._extra for t in operation.inputs)
+        reason = "no entry in the table of operators"
+        if operation.name in OPERATORS:
+            for shift in (1,) if extra else (0, 1):
+                names, links = dict(self._names), len(self.links)
+                try:
+                    found = self._by_entry(operation, inputs, shift)
+                except UnsupportedModelError as error:
+                    reason = str(error)
+                    self._names = names
+                    del self.links[links:]
+                    continue
+                finally:
+                    self.shift = 0
+                if all(_fits(value, t, shift) for value, t in zip(found, operation.outputs, strict=False)):
+                    return self._settled(operation, found, shift)
+                reason = f"{operation.name} `{operation.outputs[0].name}` is used in a form that has no entry"
+                self._names = names
+                del self.links[links:]
+        if operation.name in _STATEFUL:
+            raise UnsupportedModelError(
+                f"the file keeps a state between runs ({operation.name}), which can't be made trainable; "
+                "its weights can be quantized after training"
+            )
+        return self._settled(operation, self._island(operation, inputs, reason), 1)
+
+    def _by_entry(self, operation: Operation, inputs: list[Any], shift: int) -> list[Any]:
+        given = list(inputs)
+        if shift:
+            given = [
+                value
+                if value is None or tensor is None or tensor.index in self._extra
+                else keras.layers.Reshape(tensor.shape, name=self._name("with_batch"))(value)
+                for value, tensor in zip(inputs, operation.inputs, strict=True)
+            ]
+        self.shift = shift
+        results = OPERATORS[operation.name](self, operation, given)
+        return results if isinstance(results, list) else [results]
+
+    def _settled(self, operation: Operation, results: list[Any], shift: int) -> list[Any]:
+        """Return results in the usual form, a sample axis in place of the file's batch of 1, where they have one."""
+        settled = []
+        for value, tensor in zip(results, operation.outputs, strict=False):
+            if shift and tensor.shape[:1] == (1,):
+                value = keras.layers.Reshape(tensor.shape[1:], name=self._name("without_batch"))(value)
+            elif shift:
+                self._extra.add(tensor.index)
+            settled.append(value)
+        return settled
+
+    def _island(self, operation: Operation, inputs: list[Any], reason: str) -> list[Any]:
+        given = {
+            tensor.index: value
+            for tensor, value in zip(operation.inputs, inputs, strict=True)
+            if tensor is not None and value is not None
+        }
+        if not given:
+            raise UnsupportedModelError(f"{operation.name} `{operation.outputs[0].name}` computes from constants only")
+        shapes = [list(tensor.shape) for tensor in operation.outputs]
+        name = self._name(self._layer_name(operation))
+        layer = Island.of(self.content, operation, shapes, name=name)
+        self.islands.append(f"{name} ({operation.name}): {reason}")
+        found = layer(list(given.values()))
+        return found if isinstance(found, list) else [found]
+
+    def _kernel_rounding(self, operation: Operation, grid: Grid | None) -> dict[str, Any]:
+        """Return how the kernel that runs an operator rounds its output."""
+        kernel = operation.inputs[1] if len(operation.inputs) > 1 else None
+        stored = None if kernel is None else self.grids.weights.get(kernel.name)
+        if (
+            grid is not None
+            and operation.name == "CONV_2D"
+            and stored is not None
+            and stored.bits < 8
+            and grid.bits == 8
+        ):
+            # XNNPACK has no such convolution; LiteRT's own kernel multiplies, rounds, shifts and rounds again.
+            layer = next(name for name, number in self._operations.items() if number == operation.index)
+            source = (layer, self.grids.operands[operation.index, 0].scale)
+            return {"rounding": "up", "two_step": operation.outputs[0].shape[-1], "source": source}
+        return {"rounding": _ROUNDING.get(operation.name, "even")}
+
+    def _round(self, value: Any, grid: Grid | None, tensor: Tensor, **options: Any) -> Any:
+        if grid is None:
+            return value
+        self._on_grid[tensor.index] = grid
+        quiet = tensor.index in self._probabilities
+        return self._fake_quantize(value, grid, tensor.name, in_training=not quiet, made=True, **options)
+
+    def _fake_quantize(self, value: Any, grid: Grid, name: str, *, made: bool = False, **options: Any) -> Any:
+        from dwindle.quantization.fake_quantization import FakeQuantize
+
+        moves = self.ranges != "fixed" and grid not in self._pinned
+        layer = self._shared.get(grid) if moves else None
+        source = options.pop("source", None)
+        if layer is None:
+            if moves:
+                options = {"ranges": self.ranges, "power_of_two": self.power_of_two}
+            layer = FakeQuantize(
+                scale=grid.scale, zero_point=grid.zero_point, bits=grid.bits,
+                name=self._name(f"{short_name(name)}_quantized"), dtype="float32", **options,
+            )  # fmt: skip
+            if moves:
+                self._shared[grid] = layer
+            elif source is not None:
+                self.two_steps[layer.name] = (source[0], source[1] / grid.scale)
+        if moves and made:
+            self.ranged[name] = layer.name
+        return layer(value)
+
+    def _name(self, wanted: str) -> str:
+        clean = re.sub(r"[^A-Za-z0-9_.\-]+", "_", wanted).strip("_.") or "tensor"
+        if not re.match(r"[A-Za-z0-9.]", clean):
+            clean = f"t{clean}"
+        count = self._names.get(clean, 0)
+        self._names[clean] = count + 1
+        return clean if count == 0 else self._name(f"{clean}_{count}")
+
+    def _layer_name(self, operation: Operation) -> str:
+        # The kernel's name says which layer it is; the output's may be that of a fused activation.
+        kernel = operation.inputs[1] if len(operation.inputs) > 1 else None
+        weighted = kernel is not None and kernel.value is not None and kernel.dtype == np.float32
+        source = kernel.name if kernel is not None and weighted and "/" in kernel.name else operation.outputs[0].name
+        short = short_name(source)
+        return operation.name.lower() if short.startswith("StatefulPartitionedCall") else short
+
+    def layer(self, factory: Callable[..., Any], operation: Operation, **options: Any) -> Any:
+        """Make a layer named after the operator's output."""
+        layer = factory(name=self._name(self._layer_name(operation)), dtype="float32", **options)
+        self._operations[layer.name] = operation.index
+        return layer
+
+    def weights(self, layer: Any, **tensors: tuple[Tensor | None, str]) -> None:
+        """Note which constants of the file fill which variables of a layer, and how they are laid out."""
+        for variable, (tensor, layout) in tensors.items():
+            if tensor is None or tensor.value is None:
+                continue
+            self.links.append(Link(layer=layer.name, variable=variable, tensor=tensor.name, layout=layout))
+            self._given[f"{layer.name}/{variable}"] = to_keras(np.asarray(tensor.value, np.float32), layout)
+
+    def fill(self, model: keras.Model) -> None:
+        """Put the file's constants into the model's variables."""
+        for _, layer in walk_layers(model):
+            for variable in layer.weights:
+                given = self._given.get(f"{layer.name}/{variable.name}")
+                if given is not None:
+                    variable.assign(given.reshape(variable.shape))
+
+    def fake_quantized(self, model: keras.Model, *, learned: bool = False) -> Mapping[tuple[str, str], list[Any]]:
+        """Return the weight transforms that do to each weight what the quantizer will do."""
+        from dwindle.quantization.fake_quantization import FakeQuantizedBias, FakeQuantizedWeight
+
+        slots = {(path, slot.key): slot for path, found in model_slots(model).items() for slot in found}
+        biased = {link.layer for link in self.links if link.variable == "bias"}
+        found: dict[tuple[str, str], list[Any]] = {}
+        for link in self.links:
+            grid = self.grids.weights.get(link.tensor)
+            slot = slots.get((link.layer, link.variable))
+            if grid is None or slot is None:
+                continue
+            operand = self.grids.operands.get((self._operations[link.layer], 0))
+            scale = operand.scale if operand is not None and operand.bits == 8 and link.layer in biased else None
+            bound = None
+            if (grid.bound is not None or learned) and not grid.block and not grid.asymmetric:
+                weight = np.abs(self._given[f"{link.layer}/{link.variable}"]).reshape(slot.shape)
+                others = tuple(a for a in range(weight.ndim) if a not in slot.channel_axes or not grid.per_channel)
+                bound = weight.max(axis=others, keepdims=True)
+                if grid.bound is not None:
+                    bound = np.asarray(grid.bound, np.float32).reshape(bound.shape)
+            found[link.layer, link.variable] = [
+                FakeQuantizedWeight(
+                    bits=grid.bits, channel_axes=slot.channel_axes if grid.per_channel else (), input_scale=scale,
+                    block=grid.block, power_of_two=grid.power_of_two, asymmetric=grid.asymmetric,
+                    own_bound=bound is not None, learned=bound is not None and learned, bound=bound,
+                )
+            ]  # fmt: skip
+            if scale is not None:
+                found[link.layer, "bias"] = [FakeQuantizedBias(input_scale=scale, kernel=link.variable)]
+        return found
+
+
+def _fits(value: Any, tensor: Tensor, shift: int) -> bool:
+    """Whether a result has the shape that the file gives it."""
+    if shift:
+        return tuple(value.shape[1:]) == tuple(tensor.shape)
+    return tensor.shape[:1] == (1,) and tuple(value.shape[1:]) == tuple(tensor.shape[1:])

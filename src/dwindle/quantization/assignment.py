@@ -1,0 +1,142 @@
+"""Which scheme each operator of a float file gets, and what LiteRT can hold in it."""
+
+from __future__ import annotations
+
+import fnmatch
+import functools
+import re
+from collections.abc import Sequence
+from dataclasses import replace
+
+from dwindle.errors import ConfigError, did_you_mean
+from dwindle.lifting.flatbuffer import Graph, Operation, short_name
+from dwindle.quantization.schemes import SCHEMES, Scheme
+
+# The quantizer's names where they differ from the file format's.
+QUANTIZER_NAMES = {"TRANSPOSE_CONV": "CONV_2D_TRANSPOSE"}
+
+
+def names_of(operation: Operation) -> tuple[str, ...]:
+    """Return what a user may call an operator: its layer, the parts of its tensors' names, its kind."""
+    found = [operation.name]
+    kernel = operation.inputs[1] if len(operation.inputs) > 1 else None
+    for tensor in (kernel if kernel is not None and kernel.value is not None else None, *operation.outputs):
+        if tensor is not None:
+            found += [tensor.name, short_name(tensor.name)]
+    first = operation.outputs[0].name.split(";")[0]
+    found += [part for part in re.split(r"[/:]", first) if part]
+    return tuple(dict.fromkeys(found))
+
+
+def display_names(graph: Graph) -> list[str]:
+    """Return one readable name for each operator, unique: the layer's where there is one, else the tensor's."""
+    found: list[str] = []
+    counts: dict[str, int] = {}
+    for operation in graph.operations:
+        kernel = operation.inputs[1] if len(operation.inputs) > 1 else None
+        weighted = kernel is not None and kernel.value is not None and "/" in kernel.name and kernel.value.size > 1
+        name = short_name(kernel.name if weighted and kernel is not None else operation.outputs[0].name)
+        if name.startswith("StatefulPartitionedCall"):
+            name = operation.name.lower()
+        counts[name] = counts.get(name, 0) + 1
+        found.append(name if counts[name] == 1 else f"{name}_{counts[name] - 1}")
+    return found
+
+
+def has_weights(operation: Operation) -> bool:
+    """Whether an operator has a constant kernel or table of floats."""
+    constants = [t for t in operation.inputs[:2] if t is not None and t.value is not None and t.value.dtype.kind == "f"]
+    return bool(constants) and constants[0].value is not None and constants[0].value.size > 1
+
+
+@functools.cache
+def holds(kind: str, weights: int, activations: int, dynamic: bool) -> bool:
+    """Whether LiteRT has a kernel of this kind with these widths, as the quantizer's policy says."""
+    if weights >= 16:
+        return True
+    if weights == 2 and kind == "CONV_2D":
+        return False  # LiteRT 2.3 reads 2-bit weights of a convolution wrongly: its outputs are not finite
+    from ai_edge_quantizer import algorithm_manager, qtyping
+
+    from dwindle.quantization.writing import config
+
+    try:
+        name = qtyping.TFLOperationName(QUANTIZER_NAMES.get(kind, kind))
+        scheme = Scheme(weights=weights, activations=activations, dynamic=dynamic)
+        algorithm_manager.check_op_quantization_config(
+            algorithm_manager.AlgorithmName.MIN_MAX_UNIFORM_QUANT, name, config(scheme)
+        )
+    except ValueError:
+        return False
+    return True
+
+
+def fitted(scheme: Scheme, operation: Operation) -> Scheme:
+    """Return the scheme that an operator really gets: the nearest wider one that LiteRT holds, else float32."""
+    block = not isinstance(scheme.granularity, str)
+    if block:
+        kernel = operation.inputs[1] if len(operation.inputs) > 1 else None
+        width = kernel.shape[-1] if kernel is not None and kernel.shape else 1
+        if operation.name != "FULLY_CONNECTED" or width % int(scheme.granularity):
+            scheme = replace(scheme, granularity="channel", name="")
+    for weights in [bits for bits in (2, 4, 8) if bits >= scheme.weights]:
+        # A float activation next to an operator without weights means that nothing is quantized there.
+        if weights == 2 and not scheme.dynamic:
+            continue
+        if holds(operation.name, weights, scheme.activations, scheme.dynamic):
+            return (
+                scheme
+                if weights == scheme.weights
+                else replace(scheme, weights=weights, granularity="channel", name="")
+            )
+    return SCHEMES["float32"] if scheme.weights < 16 else scheme
+
+
+def assign(graph: Graph, scheme: Scheme) -> list[Scheme]:
+    """Return the scheme of each operator of a file.
+
+    Args:
+        graph: The float file's.
+        scheme: The model's, with its layers.
+
+    Raises:
+        ConfigError: If a pattern matches nothing, or names an operator that can't have the width.
+    """
+    every = [
+        (names_of(operation), name) for operation, name in zip(graph.operations, display_names(graph), strict=True)
+    ]
+    chosen = [scheme] * len(every)
+    for pattern, inner in scheme.layers:
+        hits = [i for i, (names, name) in enumerate(every) if _matches(pattern, (*names, name))]
+        if not hits:
+            known = sorted({name for _, name in every} | {op.name for op in graph.operations})
+            raise ConfigError(
+                f"`scheme` has {pattern!r}, which matches no layer or operator of the model; it has "
+                f"{', '.join(known[:40])}{', ...' if len(known) > 40 else ''}{did_you_mean(pattern, known)}"
+            )
+        weighted = [i for i in hits if has_weights(graph.operations[i])]
+        refused = [i for i in weighted if fitted(inner, graph.operations[i]).weights != inner.weights]
+        if refused and len(refused) == len(weighted) and inner.weights < 16:
+            operation = graph.operations[refused[0]]
+            kinds = [n for n, s in SCHEMES.items() if s.weights >= 8 and fitted(s, operation).weights == s.weights]
+            raise ConfigError(
+                f"`scheme` asks for {inner.weights}-bit weights ({inner.name}) in `{every[refused[0]][1]}`, and LiteRT "
+                f"has no {operation.name} with them; use one of {', '.join(kinds)} for it"
+            )
+        for i in hits:
+            chosen[i] = inner
+    return [fitted(each, operation) for each, operation in zip(chosen, graph.operations, strict=True)]
+
+
+def _matches(pattern: str, names: Sequence[str]) -> bool:
+    return any(name == pattern or fnmatch.fnmatchcase(name, pattern) for name in names)
+
+
+def widened(graph: Graph, scheme: Scheme) -> list[str]:
+    """Say, one line a kind, which operators get wider weights than the scheme's, since LiteRT has no other."""
+    found: dict[tuple[str, str], int] = {}
+    for operation, given in zip(graph.operations, assign(graph, scheme), strict=True):
+        if not scheme.layers and has_weights(operation) and given.weights != scheme.weights and given.weights < 32:
+            key = (operation.name, f"{given.weights}-bit")
+            found[key] = found.get(key, 0) + 1
+    return [f"{kind} has {bits} weights ({count}): LiteRT has no narrower" for (kind, bits), count in found.items()]
