@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import inspect
 from collections.abc import Callable
@@ -209,7 +210,8 @@ class Transformed:
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> Any:
         """Make a layer of the class made on the fly, with its transforms, from `TransformedLayer.get_config`."""
-        plain = keras.saving.deserialize_keras_object(config["layer"])
+        # Some layers take entries out of the config that they are made from.
+        plain = keras.saving.deserialize_keras_object(copy.deepcopy(config["layer"]))
         transforms = {key: [transform_from_dict(t) for t in ts] for key, ts in config["transforms"].items()}
         own = tuple(sorted(key for key in transforms if "/" not in key))
         base: Any = type(plain)

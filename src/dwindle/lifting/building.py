@@ -47,7 +47,7 @@ class Builder:
     Attributes:
         links: Which variable is which constant.
         islands: Names of the operators that run in the interpreter, and why.
-        two_steps: Layer that rounds twice to the layer before it, and to input scale over output scale.
+        two_steps: Layer that rounds twice to the layer whose kernel's scales make its multiplier ("" for none) and a factor.
         ranged: Tensor name to the layer that rounds it, where the range moves.
         shift: 1 while the operator at work sees tensors with a sample axis that the file's do not have, else 0.
     """
@@ -152,7 +152,20 @@ class Builder:
                 name = self._name(f"{short_name(tensor.name)}_rounded")
                 value = DynamicQuantize(axes=axes, name=name, dtype="float32")(value)
             inputs.append(value)
-        return inputs
+        return self._on_fine_grid(operation, inputs)
+
+    def _on_fine_grid(self, operation: Operation, inputs: list[Any]) -> list[Any]:
+        """Round the operands of a squared difference as its 8-bit kernel does: to 1/64 of the wider of their steps."""
+        operands = [self.grids.operands.get((operation.index, position)) for position in (0, 1)]
+        steps = [operand.scale for operand in operands if operand is not None and operand.bits == 8]
+        if operation.name != "SQUARED_DIFFERENCE" or len(steps) < 2 or any(value is None for value in inputs):
+            return inputs
+        fine = Grid(scale=max(steps) / 64, zero_point=0, bits=16)
+        name = operation.outputs[0].name
+        return [
+            self._fake_quantize(value, fine, f"{name}_operand", pinned=True) if step < max(steps) else value
+            for value, step in zip(inputs, steps, strict=True)
+        ]
 
     def _computed(self, operation: Operation, inputs: list[Any]) -> list[Any]:
         """Return the operator's results: by its entry, else as an island."""
@@ -225,17 +238,19 @@ class Builder:
         """Return how the kernel that runs an operator rounds its output."""
         kernel = operation.inputs[1] if len(operation.inputs) > 1 else None
         stored = None if kernel is None else self.grids.weights.get(kernel.name)
-        if (
-            grid is not None
-            and operation.name == "CONV_2D"
-            and stored is not None
-            and stored.bits < 8
-            and grid.bits == 8
-        ):
-            # XNNPACK has no such convolution; LiteRT's own kernel multiplies, rounds, shifts and rounds again.
+        operands = [self.grids.operands.get((operation.index, position)) for position in (0, 1)]
+        if grid is None or grid.bits != 8:
+            return {"rounding": _ROUNDING.get(operation.name, "even")}
+        # Where XNNPACK has no kernel, LiteRT's own multiplies, rounds, shifts and rounds again.
+        odd = operation.name == "FULLY_CONNECTED" and kernel is not None and kernel.shape[-1] % 2 == 1
+        own = operation.name == "CONV_2D" or odd
+        if own and stored is not None and stored.bits < 8 and operands[0] is not None:
             layer = next(name for name, number in self._operations.items() if number == operation.index)
-            source = (layer, self.grids.operands[operation.index, 0].scale)
-            return {"rounding": "up", "two_step": operation.outputs[0].shape[-1], "source": source}
+            channels = operation.outputs[0].shape[-1]
+            return {"rounding": "up", "two_step": channels, "source": (layer, operands[0].scale / grid.scale)}
+        if operation.name == "SQUARED_DIFFERENCE" and operands[0] is not None and operands[1] is not None:
+            step = 2 * max(operands[0].scale, operands[1].scale) / 128
+            return {"rounding": "up", "two_step": 1, "source": ("", step**2 / grid.scale)}
         return {"rounding": _ROUNDING.get(operation.name, "even")}
 
     def _round(self, value: Any, grid: Grid | None, tensor: Tensor, **options: Any) -> Any:
@@ -245,10 +260,12 @@ class Builder:
         quiet = tensor.index in self._probabilities
         return self._fake_quantize(value, grid, tensor.name, in_training=not quiet, made=True, **options)
 
-    def _fake_quantize(self, value: Any, grid: Grid, name: str, *, made: bool = False, **options: Any) -> Any:
+    def _fake_quantize(
+        self, value: Any, grid: Grid, name: str, *, made: bool = False, pinned: bool = False, **options: Any
+    ) -> Any:
         from dwindle.quantization.fake_quantization import FakeQuantize
 
-        moves = self.ranges != "fixed" and grid not in self._pinned
+        moves = self.ranges != "fixed" and grid not in self._pinned and not pinned
         layer = self._shared.get(grid) if moves else None
         source = options.pop("source", None)
         if layer is None:
@@ -261,7 +278,7 @@ class Builder:
             if moves:
                 self._shared[grid] = layer
             elif source is not None:
-                self.two_steps[layer.name] = (source[0], source[1] / grid.scale)
+                self.two_steps[layer.name] = source
         if moves and made:
             self.ranged[name] = layer.name
         return layer(value)

@@ -100,11 +100,7 @@ class LiftedModel(keras.Model):
         It is a power of two that training seldom changes; export calls this.
         """
         for name, (source, ratio) in (self._dwindle_quantization or {}).get("two_steps", {}).items():
-            layer = self.get_layer(source)
-            rounder, state = next((t, s) for t, s in layer.transforms_and_states("kernel") if t.kind == "fake_quantize")
-            raw = layer.effective("kernel", order=rounder.order)
-            multiplier = np.ravel(keras.ops.convert_to_numpy(rounder.scales(raw, layer, state))) * np.float64(ratio)
-            exponent = np.frexp(multiplier)[1]
+            exponent = np.frexp(_kernel_scales(self.get_layer(source)) * ratio if source else np.array([ratio]))[1]
             variable = self.get_layer(name).first_step
             variable.assign(np.broadcast_to(np.exp2(np.maximum(-exponent, 0.0)), variable.shape).astype(np.float32))
 
@@ -145,6 +141,13 @@ class LiftedModel(keras.Model):
             value = _float_value(layers[link.layer], link.variable)
             values[link.tensor] = to_file(value, link.layout, shapes[link.tensor])
         return replace_constants(self.float_file, values)
+
+
+def _kernel_scales(layer: Any) -> np.ndarray:
+    """Return the scale of each output channel of a layer's kernel, as it is now."""
+    rounder, state = next((t, s) for t, s in layer.transforms_and_states("kernel") if t.kind == "fake_quantize")
+    raw = layer.effective("kernel", order=rounder.order)
+    return np.ravel(keras.ops.convert_to_numpy(rounder.scales(raw, layer, state))).astype(np.float64)
 
 
 def _float_value(layer: Any, variable: str) -> np.ndarray:

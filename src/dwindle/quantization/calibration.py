@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -54,7 +54,7 @@ def calibrate(
     choose = METHODS[method]
     runs = 1 if choose is None else 2
     ranges: Ranges = {}
-    for done, value, tensor in _activations(content, samples, batch_size):
+    for done, value, tensor in activations(content, samples, batch_size=batch_size):
         low, high = float(value.min()), float(value.max())
         if not (np.isfinite(low) and np.isfinite(high)):
             raise DataError(
@@ -68,7 +68,7 @@ def calibrate(
     if choose is None:
         return ranges
     counts = {name: np.zeros(_BINS, np.int64) for name in ranges}
-    for done, value, tensor in _activations(content, samples, batch_size):
+    for done, value, tensor in activations(content, samples, batch_size=batch_size):
         low, high = ranges[tensor.name]
         if high > low:
             counts[tensor.name] += np.histogram(value, bins=_BINS, range=(low, high))[0]
@@ -80,10 +80,10 @@ def calibrate(
     }
 
 
-def _activations(
-    content: bytes, samples: Sequence[np.ndarray], batch_size: int
+def activations(
+    content: bytes, samples: Sequence[np.ndarray], *, batch_size: int = 64, names: Collection[str] | None = None
 ) -> Iterator[tuple[int, np.ndarray, Tensor]]:
-    """Yield ``(samples done, value, tensor)`` for every float activation, batch by batch."""
+    """Yield ``(samples done, value, tensor)`` for every float activation, or those named, batch by batch."""
     from ai_edge_litert.interpreter import Interpreter, OpResolverType
 
     graph = read_graph(content)
@@ -99,6 +99,7 @@ def _activations(
     indices = [tensor.index for tensor in graph.inputs]
     produced = {t.index for op in graph.operations for t in op.outputs} | set(indices)
     wanted = [t for t in graph.tensors if t.value is None and t.dtype == np.float32 and t.index in produced]
+    wanted = [t for t in wanted if names is None or t.name in names]
     size = batch_size if _takes_batches(interpreter, indices) else 1
     count, current = len(samples[0]), 0
     for start in range(0, count, size):
