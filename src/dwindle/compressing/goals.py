@@ -8,26 +8,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from dwindle.errors import ConfigError, did_you_mean
-
-_BYTES = {"": 1, "b": 1, "kb": 1000, "k": 1000, "mb": 10**6, "m": 10**6, "gb": 10**9, "kib": 1024, "mib": 2**20}
-
-
-def parse_size(value: str | float, name: str = "max_size") -> int:
-    """Return bytes from ``45000``, ``"45KB"`` (1 KB = 1000 bytes) or ``"44KiB"``.
-
-    Raises:
-        ConfigError: If it is no size above 0.
-    """
-    if isinstance(value, str):
-        found = re.fullmatch(r"\s*([0-9.]+)\s*([A-Za-z]*)\s*", value)
-        unit = found.group(2).lower() if found else ""
-        number = _number(found.group(1)) if found else None
-        if number is None or unit not in _BYTES:
-            raise ConfigError(f"`{name}` is {value!r}; it must be a size above 0, such as 45KB, 1.5MB or 44KiB")
-        value = number * _BYTES[unit]
-    if not value > 0 or value == float("inf"):
-        raise ConfigError(f"`{name}` is {value!r}; it must be a size above 0 bytes, such as 45KB")
-    return int(value)
+from dwindle.units import number_in, parse_size
 
 
 def parse_drop(value: str | float, name: str = "max_drop") -> float:
@@ -39,7 +20,7 @@ def parse_drop(value: str | float, name: str = "max_drop") -> float:
     given = value
     if isinstance(value, str):
         text = value.strip()
-        number = _number(text.removesuffix("%"))
+        number = number_in(text.removesuffix("%"))
         if number is None:
             raise ConfigError(f"`{name}` is {given!r}; it must be a drop such as 0.5% or 0.005")
         value = number / 100 if text.endswith("%") else number
@@ -58,7 +39,7 @@ def parse_latency(value: str | float, name: str = "max_latency") -> tuple[float 
     unit = "ms"
     if isinstance(value, str):
         found = re.fullmatch(r"\s*([0-9.eE+-]+)\s*(ms|us|s|x)?\s*", value)
-        number = _number(found.group(1)) if found else None
+        number = number_in(found.group(1)) if found else None
         if found is None or number is None:
             raise ConfigError(f"`{name}` is {given!r}; it must be a time such as 2ms, or a factor such as 0.5x")
         value, unit = number, found.group(2) or "ms"
@@ -67,13 +48,6 @@ def parse_latency(value: str | float, name: str = "max_latency") -> tuple[float 
     if unit == "x":
         return None, float(value)
     return float(value) * {"ms": 1.0, "us": 1e-3, "s": 1e3}[unit], None
-
-
-def _number(text: str) -> float | None:
-    try:
-        return float(text)
-    except ValueError:
-        return None
 
 
 @dataclass(frozen=True, kw_only=True)

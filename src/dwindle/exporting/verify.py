@@ -153,7 +153,7 @@ def worst_operator(float_content: bytes, content: bytes, inputs: Sequence[np.nda
         inputs: One array per input; a few samples are used.
     """
     few = [array[:8] for array in inputs]
-    before, after = _activations(float_content, few), _activations(content, few)
+    before, after = activations_of(float_content, few), activations_of(content, few)
     scores: list[tuple[float, str]] = []
     for operation in read_graph(float_content).operations:
         name = operation.outputs[0].name
@@ -170,7 +170,7 @@ def worst_operator(float_content: bytes, content: bytes, inputs: Sequence[np.nda
     return f"{name} (error {score:.1%} of its output's size)"
 
 
-def _activations(content: bytes, inputs: Sequence[np.ndarray]) -> dict[str, np.ndarray]:
+def activations_of(content: bytes, inputs: Sequence[np.ndarray]) -> dict[str, np.ndarray]:
     """Run a file sample by sample and return every float or dequantized activation by tensor name."""
     from ai_edge_litert.interpreter import Interpreter, OpResolverType
 

@@ -47,7 +47,8 @@ class Builder:
     Attributes:
         links: Which variable is which constant.
         islands: Names of the operators that run in the interpreter, and why.
-        two_steps: Layer that rounds twice to the layer whose kernel's scales make its multiplier ("" for none) and a factor.
+        two_steps: Layer that rounds twice to the layer whose kernel's scales make its multiplier ("" for none), and
+            a factor.
         ranged: Tensor name to the layer that rounds it, where the range moves.
         shift: 1 while the operator at work sees tensors with a sample axis that the file's do not have, else 0.
     """
@@ -148,7 +149,8 @@ class Builder:
             if position == 0 and operation.index in self.grids.dynamic and operation.name != "GATHER":
                 from dwindle.quantization.fake_quantization import DynamicQuantize
 
-                axes = 3 if "CONV" in operation.name else 1
+                # XNNPACK runs a convolution of 1x1 as a fully connected operator on each position.
+                axes = 3 if "CONV" in operation.name and not _is_pointwise(operation) else 1
                 name = self._name(f"{short_name(tensor.name)}_rounded")
                 value = DynamicQuantize(axes=axes, name=name, dtype="float32")(value)
             inputs.append(value)
@@ -352,6 +354,14 @@ class Builder:
             if scale is not None:
                 found[link.layer, "bias"] = [FakeQuantizedBias(input_scale=scale, kernel=link.variable)]
         return found
+
+
+def _is_pointwise(operation: Operation) -> bool:
+    kernel, given = operation.inputs[1], operation.inputs[0]
+    if operation.name != "CONV_2D" or kernel is None or given is None:
+        return False
+    strides = operation.options["strideH"], operation.options["strideW"]
+    return kernel.shape[1:3] == (1, 1) and strides == (1, 1) and kernel.shape[3] == given.shape[3]
 
 
 def _fits(value: Any, tensor: Tensor, shift: int) -> bool:

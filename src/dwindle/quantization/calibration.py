@@ -151,6 +151,10 @@ def _mse(counts: np.ndarray, edges: np.ndarray) -> tuple[float, float]:
 
 def _entropy(counts: np.ndarray, edges: np.ndarray) -> tuple[float, float]:
     centres = (edges[:-1] + edges[1:]) / 2
+    # Zero is on every grid; counted, the zeros of a ReLU would ask for a narrow range whatever the rest is like.
+    counts = np.where((edges[:-1] <= 0) & (edges[1:] > 0), 0, counts)
+    if not counts.any():
+        return float(edges[0]), float(edges[-1])
     whole = counts / counts.sum()
 
     def divergence(ends: tuple[float, float]) -> float:

@@ -19,6 +19,13 @@ def quantized_range(bits: int, *, narrow: bool = False) -> tuple[int, int]:
     return -(2 ** (bits - 1)) + int(narrow), 2 ** (bits - 1) - 1
 
 
+def next_power_of_two(scale: Any) -> Any:
+    """Return the smallest power of two that is not below; the gradient is that of a constant factor."""
+    ops = keras.ops
+    fixed = ops.stop_gradient(scale)
+    return ops.exp2(ops.ceil(ops.log2(fixed) - 1e-6)) * (1.0 + (scale - fixed) / fixed)
+
+
 class FakeQuantizedWeight(Transform):
     """Round a weight to the symmetric grid that the file stores it in.
 
@@ -96,7 +103,7 @@ class FakeQuantizedWeight(Transform):
             bias = ops.reshape(bias, largest.shape) if self.channel_axes else ops.max(bias)
             largest = ops.maximum(largest, ops.stop_gradient(bias) * (high / self.input_scale / LARGEST_BIAS))
         scale = ops.maximum(largest, 1e-9) / high
-        return ops.exp2(ops.ceil(ops.log2(scale) - 1e-6)) if self.power_of_two else scale
+        return next_power_of_two(scale) if self.power_of_two else scale
 
     def apply(self, weight: Any, state: Mapping[str, Any], layer: Any) -> Any:
         """Return the rounded weight."""
@@ -122,7 +129,7 @@ class FakeQuantizedWeight(Transform):
         low, high = quantized_range(self.bits)
         smallest, largest = ops.minimum(ops.min(raw), 0.0), ops.maximum(ops.max(raw), 0.0)
         if self.power_of_two:
-            scale = ops.exp2(ops.ceil(ops.log2(ops.maximum(ops.maximum(-smallest, largest), 1e-9) / high) - 1e-6))
+            scale = next_power_of_two(ops.maximum(ops.maximum(-smallest, largest), 1e-9) / high)
             point = ops.zeros_like(scale)
         else:
             scale = ops.maximum(largest - smallest, 1e-9) / (high - low)
@@ -329,7 +336,7 @@ class FakeQuantize(keras.layers.Layer):
             bound = ops.maximum(ops.maximum(-start, end), 1e-8)
             scale = bound / high
             if self.power_of_two:
-                scale = ops.exp2(ops.ceil(ops.log2(ops.stop_gradient(scale)) - 1e-6))
+                scale = next_power_of_two(scale)
             point = ops.zeros_like(scale)
         else:
             scale = ops.maximum(end - start, 1e-8) / (high - low)

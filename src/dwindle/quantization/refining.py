@@ -238,7 +238,7 @@ def adaround(rows: np.ndarray, scale: np.ndarray, low: int, high: int, moment: n
 
     def error(chosen: np.ndarray) -> np.ndarray:
         apart = chosen - weight
-        return np.einsum("oi,ij,oj->o", apart, moment, apart, optimize=True)
+        return np.asarray(((apart @ moment) * apart).sum(axis=1))
 
     worse = error(found) > error(nearest)  # learning may end where an output was better off before
     found[worse] = nearest[worse]
@@ -340,7 +340,7 @@ _HOMOGENEOUS = {"MAX_POOL_2D", "AVERAGE_POOL_2D", "RELU", "LEAKY_RELU", "PRELU",
 
 
 def equalize(content: bytes) -> bytes:
-    """Return a file that computes the same, with the ranges of consecutive kernels brought together, channel by channel.
+    """Return a file that computes the same, the ranges of consecutive kernels brought together channel by channel.
 
     Channel ``i`` between two kernels is divided by ``s_i = sqrt(r1_i / r2_i)`` in the first and multiplied in the
     second, for the largest weights ``r1_i``, ``r2_i`` that make and read it. Between them may be operators that

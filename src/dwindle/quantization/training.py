@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -15,10 +15,14 @@ from dwindle.lifting.lifted import LiftedModel, build_lifted
 from dwindle.quantization.assignment import assign, widened
 from dwindle.quantization.calibration import METHODS, Ranges, calibrate
 from dwindle.quantization.fake_quantization import RANGES
+from dwindle.quantization.mixing import within_budget
+from dwindle.quantization.refining import ROUNDINGS, clipped_bounds, correct_biases, input_statistics, round_weights
+from dwindle.quantization.refining import equalize as equalized
 from dwindle.quantization.schemes import Scheme, for_layers, resolve_scheme
 from dwindle.quantization.writing import read_grids, write_quantized
 
 CALIBRATION_SAMPLES = 512
+CLIPPINGS = ("none", "mse")
 
 
 def quantize(
@@ -29,7 +33,13 @@ def quantize(
     layers: str | Sequence[str] | None = None,
     ranges: str = "fixed",
     calibration: str = "min-max",
+    clipping: str = "none",
+    rounding: str = "nearest",
+    equalize: bool = False,
+    correct_bias: bool = False,
+    budget: str | int | None = None,
     keep_zeros: bool = True,
+    progress: Callable[[int, int], None] | None = None,
 ) -> LiftedModel:
     """Return a trainable twin of ``model`` that computes what its quantized file will compute.
 
@@ -49,7 +59,15 @@ def quantize(
             calibrated, weights by their largest. ``"moving"``: activations by a moving average of each batch's ends.
             ``"learned"``: both trained by gradient (learned step size).
         calibration: ``"min-max"``, ``"percentile"``, ``"mse"`` or ``"entropy"``; see `dwindle.quantization.calibrate`.
+        clipping: ``"none"``, or ``"mse"``: grids of weights end where the squared error is least, not at the largest.
+        rounding: How weights are rounded: to the ``"nearest"`` step, as ``"adaround"`` learns, or as ``"gptq"``
+            compensates. The latter two look at ``data`` and help most at 4 and 2 bits without training.
+        equalize: Whether the ranges of consecutive kernels are brought together first, channel by channel.
+        correct_bias: Whether biases take up the shift of means that rounded weights make, as seen on ``data``.
+        budget: A file size, such as ``"60KB"``: weights that matter least get fewer bits than ``scheme`` says until
+            the file is that small. Measured on ``data``, without labels.
         keep_zeros: Whether zeros of a pruned weight stay zero in training.
+        progress: Called with ``(done, all)`` steps of calibration and of the budget's search.
 
     Returns:
         A functional model, not compiled. ``notes`` says what could not be made trainable or as narrow as asked.
@@ -69,12 +87,33 @@ def quantize(
     check_choice("calibration", calibration, METHODS)
     if chosen.is_float:
         raise ConfigError(f"`scheme` is `{chosen.name}`, which has no integers to train for; use `int8`")
+    for argument, value, accepted in (("clipping", clipping, CLIPPINGS), ("rounding", rounding, ROUNDINGS)):
+        check_choice(argument, value, accepted)
     content = float_file(model)
     assign(read_graph(content), chosen)  # a layer that does not exist is said before any work
-    found = None
-    if chosen.needs_data:
-        found = calibrate(content, calibration_samples(input_shapes(model, content), data), method=calibration)
-    return simulate(content, chosen, found, name=model.name, keep_zeros=keep_zeros, training_ranges=ranges)
+    if chosen.needs_data or rounding != "nearest" or correct_bias or budget is not None:
+        samples = calibration_samples(input_shapes(model, content), data)
+    if equalize:
+        content = equalized(content)
+    found = calibrate(content, samples, method=calibration, progress=progress) if chosen.needs_data else None
+    if budget is not None:
+        chosen = within_budget(content, chosen, found, samples, budget, progress=progress)
+    original, bounds = content, {}
+    choices = assign(read_graph(content), chosen)
+    if clipping == "mse":
+        bounds = clipped_bounds(read_graph(content), choices)
+    method = ROUNDINGS[rounding]
+    if method is not None or correct_bias:
+        statistics = input_statistics(content, samples, moments=method is not None)
+        if method is not None:
+            content, bounds = round_weights(content, choices, bounds, statistics, method)
+        if correct_bias:
+            content = correct_biases(content, original, choices, bounds, statistics)
+    if found is not None and content != original:
+        found = calibrate(content, samples, method=calibration)
+    return simulate(
+        content, chosen, found, name=model.name, keep_zeros=keep_zeros, training_ranges=ranges, weight_bounds=bounds
+    )
 
 
 def simulate(

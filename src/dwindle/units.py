@@ -1,0 +1,35 @@
+"""Sizes as users write them."""
+
+from __future__ import annotations
+
+import re
+
+from dwindle.errors import ConfigError
+
+_BYTES = {"": 1, "b": 1, "kb": 1000, "k": 1000, "mb": 10**6, "m": 10**6, "gb": 10**9, "kib": 1024, "mib": 2**20}
+
+
+def parse_size(value: str | float, name: str = "max_size") -> int:
+    """Return bytes from ``45000``, ``"45KB"`` (1 KB = 1000 bytes) or ``"44KiB"``.
+
+    Raises:
+        ConfigError: If it is no size above 0.
+    """
+    if isinstance(value, str):
+        found = re.fullmatch(r"\s*([0-9.]+)\s*([A-Za-z]*)\s*", value)
+        unit = found.group(2).lower() if found else ""
+        number = number_in(found.group(1)) if found else None
+        if number is None or unit not in _BYTES:
+            raise ConfigError(f"`{name}` is {value!r}; it must be a size above 0, such as 45KB, 1.5MB or 44KiB")
+        value = number * _BYTES[unit]
+    if not value > 0 or value == float("inf"):
+        raise ConfigError(f"`{name}` is {value!r}; it must be a size above 0 bytes, such as 45KB")
+    return int(value)
+
+
+def number_in(text: str) -> float | None:
+    """Return the number that a text is, or None."""
+    try:
+        return float(text)
+    except ValueError:
+        return None
