@@ -13,6 +13,7 @@ __version__ = "0.1.0"
 # Every public name and the module that has it.
 _NAMES: dict[str, str] = {
     "Artefact": "dwindle.exporting",
+    "Blame": "dwindle.blaming",
     "ConfigError": "dwindle.errors",
     "Constant": "dwindle.pruning",
     "ConversionError": "dwindle.errors",
@@ -28,6 +29,7 @@ _NAMES: dict[str, str] = {
     "Scheme": "dwindle.quantization.schemes",
     "UnsupportedModelError": "dwindle.errors",
     "VerificationError": "dwindle.errors",
+    "blame": "dwindle.blaming",
     "compress": "dwindle.compressing.run",
     "distill": "dwindle.distillation",
     "export": "dwindle.exporting",
@@ -47,6 +49,8 @@ _NAMES: dict[str, str] = {
 __all__ = ["__version__", *sorted(_NAMES)]
 
 if TYPE_CHECKING:
+    from dwindle.blaming import Blame as Blame
+    from dwindle.blaming import blame as blame
     from dwindle.compressing.goals import Goals as Goals
     from dwindle.compressing.plans import Plan as Plan
     from dwindle.compressing.run import Result as Result

@@ -313,7 +313,10 @@ def _advice(
     """Try more bits for the operators that cost most, and say what helps."""
     lower = score.y is not None and not higher_is_better(score.metric)
     gains = {number: (value - other) if lower else (other - value) for number, other in without.items()}
-    noise = 1.0 / len(score.x[0])
+    noise = 2.0 / len(score.x[0])  # two samples
+    loss = (value - score(content)) if lower else (score(content) - value)
+    if loss <= noise:
+        return "Nothing to do: the quantized file is as good as the float one on these samples."
     worst = [number for number, gain in sorted(gains.items(), key=lambda item: -item[1])[:3] if gain > noise]
     tried = []
     for number in worst:
@@ -327,9 +330,6 @@ def _advice(
             tried.append((gain, len(file) - size, names[number], wider))
     tried = [item for item in tried if item[0] > noise]
     if not tried:
-        loss = (value - score(content)) if lower else (score(content) - value)
-        if loss <= noise:
-            return "Nothing to do: the quantized file is as good as the float one on these samples."
         return (
             f"No single operator makes up for the loss of {_points(loss, score)}: train with dw.quantize(...).fit, or "
             "try another calibration (percentile, mse)."

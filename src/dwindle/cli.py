@@ -17,6 +17,8 @@ from dwindle import __version__
 from dwindle.errors import DataError, DwindleError
 
 MET, BAD_INPUT, NOT_MET, INTERRUPTED = 0, 2, 3, 130
+SCHEME_NAMES = ("float32", "float16", "int8", "int8-dynamic", "int8-weights", "int16x8", "int4", "int4-dynamic",
+                "int2-dynamic", "pow2-8")  # fmt: skip
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -68,6 +70,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_compress(commands)
     _add_convert(commands)
     _add_measure(commands)
+    _add_blame(commands)
     _add_inspect(commands)
     _add_demo(commands)
     return parser
@@ -115,11 +118,21 @@ def _add_convert(commands: Any) -> None:
     sub.set_defaults(run=_convert)
     sub.add_argument("model", metavar="MODEL", help=".keras, .h5, .tflite or a SavedModel folder")
     sub.add_argument("out", metavar="OUT", help="the .tflite (or .keras) to write")
-    sub.add_argument("--scheme", help="float32, float16, int8 or int8-dynamic (default float32)")
+    sub.add_argument("--scheme", help=f"{', '.join(SCHEME_NAMES)} (default float32)")
+    sub.add_argument(
+        "--layer", metavar="PATTERN=SCHEME", action="append", default=[],
+        help="another scheme for the layers or operators that match, such as 'conv_3=int16x8'; repeatable",
+    )  # fmt: skip
     _data_options(sub, required=False)
     sub.add_argument(
-        "--io-type", choices=["float32", "int8"], default="float32", help="inputs and outputs of an int8 file"
+        "--io-type", default="float32", help="inputs and outputs of an integer file: float32, int8, uint8 or int16"
     )
+    sub.add_argument("--calibration", default="min-max", help="ranges: min-max, percentile, mse or entropy")
+    sub.add_argument("--clipping", default="none", help="grids of weights: none, or mse (the least squared error)")
+    sub.add_argument("--rounding", default="nearest", help="of weights: nearest, adaround or gptq (need --data)")
+    sub.add_argument("--equalize", action="store_true", help="bring the ranges of consecutive layers together first")
+    sub.add_argument("--correct-bias", action="store_true", help="let biases take up the shift that rounding makes")
+    sub.add_argument("--budget", metavar="SIZE", help="fewer bits where they cost least, until the file is this small")
     sub.add_argument("--force", action="store_true", help="write over OUT if it exists")
     sub.add_argument("--json", action="store_true", help="print the result as JSON")
     sub.add_argument("--trust", action="store_true", help="let code in the model file run (Lambda layers)")
@@ -133,6 +146,18 @@ def _add_measure(commands: Any) -> None:
     sub.add_argument("--metric", default="accuracy", help="accuracy or another Keras metric (default accuracy)")
     sub.add_argument("--threads", type=int, default=1, help="threads of the interpreter (default 1)")
     sub.add_argument("--json", action="store_true", help="print the result as JSON")
+
+
+def _add_blame(commands: Any) -> None:
+    sub = commands.add_parser("blame", help="find out which operator of a quantized file costs how much accuracy")
+    sub.set_defaults(run=_blame)
+    sub.add_argument("float_file", metavar="FLOAT", help="the float .tflite")
+    sub.add_argument("quantized_file", metavar="QUANTIZED", help="the .tflite quantized from it")
+    _data_options(sub, required=True)
+    sub.add_argument("--metric", default="accuracy", help="accuracy or another Keras metric (default accuracy)")
+    sub.add_argument("--samples", type=int, default=1000, help="at most this many samples (default 1000)")
+    sub.add_argument("--json", action="store_true", help="print the result as JSON")
+    sub.add_argument("--plot", metavar="FILE", help="write a picture, an .svg")
 
 
 def _add_inspect(commands: Any) -> None:
@@ -246,23 +271,29 @@ def _convert(options: argparse.Namespace) -> int:
     if out.exists() and not options.force:
         raise ConfigError(f"`{out}` exists; write over it with --force, or name another file")
     factor = _factor(options.rescale)
-    from dwindle.quantization.schemes import resolve_scheme
-
-    if options.scheme is not None:
-        resolve_scheme(options.scheme, "--scheme")
+    scheme = _scheme(options)
     from dwindle.loading import load
 
     _start_keras()
     model = load(options.model, trust=options.trust)
     if out.suffix.lower() == ".keras":
-        if options.scheme not in (None, "float32"):
+        if scheme is not None and not (isinstance(scheme, str) and scheme == "float32"):
             raise ConfigError(f"`--scheme` is {options.scheme}, and a .keras file is float; name a .tflite")
         print(f"{save_keras(model, out)}: {out.stat().st_size:,} bytes")
         return MET
     from dwindle.exporting import export
 
     data = _fitted(options, model, factor)
-    artefact = export(model, out, scheme=options.scheme, data=data, io_type=options.io_type)
+    refined = {"clipping": options.clipping, "rounding": options.rounding, "equalize": options.equalize,
+               "correct_bias": options.correct_bias, "budget": options.budget}  # fmt: skip
+    if refined != {"clipping": "none", "rounding": "nearest", "equalize": False, "correct_bias": False, "budget": None}:
+        from dwindle.quantization import quantize
+
+        model = quantize(
+            model, scheme or "float32", data, calibration=options.calibration, progress=_progress("steps"), **refined
+        )
+        scheme = None
+    artefact = export(model, out, scheme=scheme, data=data, io_type=options.io_type, calibration=options.calibration)
     found = artefact.verification
     if options.json:
         told = {"file": str(artefact.path), "scheme": artefact.scheme, "size_bytes": artefact.size_bytes,
@@ -277,6 +308,26 @@ def _convert(options: argparse.Namespace) -> int:
     for note in artefact.notes:
         print(f"note: {note}")
     return MET
+
+
+def _scheme(options: argparse.Namespace) -> Any:
+    """Return the scheme that the options stand for, checked before a framework is imported."""
+    from dwindle.errors import ConfigError, check_choice
+    from dwindle.quantization.schemes import IO_TYPES, resolve_scheme
+
+    check_choice("--io-type", options.io_type, IO_TYPES)
+    if options.scheme is not None:
+        resolve_scheme(options.scheme, "--scheme")
+    if not options.layer:
+        return options.scheme
+    mapping = {"*": options.scheme or "float32"}
+    for given in options.layer:
+        pattern, separator, name = given.rpartition("=")
+        if not separator or not pattern:
+            raise ConfigError(f"`--layer` is {given!r}; it must be PATTERN=SCHEME, such as conv_3=int16x8")
+        resolve_scheme(name, "--layer")
+        mapping[pattern] = name
+    return mapping
 
 
 def _fitted(options: argparse.Namespace, model: Any, factor: float) -> Any:
@@ -312,6 +363,43 @@ def _measure(options: argparse.Namespace) -> int:
     print(f"{'RAM':12} {format_bytes(found.ram_bytes)} ({found.ram_source})")
     print(f"{'sha256':12} {found.sha256}")
     return MET
+
+
+def _blame(options: argparse.Namespace) -> int:
+    from dwindle.data import read_data
+    from dwindle.files import check_output_file, write_text
+    from dwindle.reporting import blame_svg, print_blame
+
+    if options.samples < 1:
+        raise DataError(f"`--samples` is {options.samples}; it must be at least 1")
+    for name in (options.float_file, options.quantized_file):
+        _check_exists(name)
+    plot = None if options.plot is None else check_output_file(options.plot, suffixes=(".svg",))
+    data = read_data(options.data, rescale=_factor(options.rescale))
+    from dwindle.blaming import blame
+
+    found = blame(
+        options.float_file, options.quantized_file, data, metric=options.metric, samples=options.samples,
+        progress=_progress("operators"),
+    ).to_dict()  # fmt: skip
+    if plot is not None:
+        write_text(plot, blame_svg(found))
+    if options.json:
+        print(json.dumps(found, indent=2))
+    else:
+        print_blame(found)
+    return MET
+
+
+def _progress(what: str) -> Callable[[int, int], None] | None:
+    """Return a function that shows progress on one line of a terminal; None where standard error is none."""
+    if not sys.stderr.isatty():
+        return None
+
+    def show(done: int, every: int) -> None:
+        print(f"\r{what} {done}/{every}", end="\n" if done == every else "", file=sys.stderr, flush=True)
+
+    return show
 
 
 def _inspect(options: argparse.Namespace) -> int:

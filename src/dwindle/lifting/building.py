@@ -10,7 +10,7 @@ import keras
 import numpy as np
 
 from dwindle.errors import UnsupportedModelError
-from dwindle.lifting.flatbuffer import Graph, Operation, Tensor, short_name
+from dwindle.lifting.flatbuffer import Graph, Operation, Tensor, layer_name, short_name
 from dwindle.lifting.grids import Grid, Grids
 from dwindle.lifting.islands import Island, dead_ends
 from dwindle.lifting.layout import to_keras
@@ -143,7 +143,8 @@ class Builder:
             value = self._values[tensor.index]
             before = self._on_grid.get(tensor.index)
             for step in self.grids.edges.get((operation.index, position), ()):
-                scale = None if before is None else before.scale
+                narrow = before is not None and before.bits == step.bits == 8
+                scale = before.scale if before is not None and narrow else None
                 value = self._fake_quantize(value, step, tensor.name, input_scale=scale)
                 before = step
             if position == 0 and operation.index in self.grids.dynamic and operation.name != "GATHER":
@@ -230,7 +231,7 @@ class Builder:
         if not given:
             raise UnsupportedModelError(f"{operation.name} `{operation.outputs[0].name}` computes from constants only")
         shapes = [list(tensor.shape) for tensor in operation.outputs]
-        name = self._name(self._layer_name(operation))
+        name = self._name(layer_name(operation))
         layer = Island.of(self.content, operation, shapes, name=name)
         self.islands.append(f"{name} ({operation.name}): {reason}")
         found = layer(list(given.values()))
@@ -293,17 +294,9 @@ class Builder:
         self._names[clean] = count + 1
         return clean if count == 0 else self._name(f"{clean}_{count}")
 
-    def _layer_name(self, operation: Operation) -> str:
-        # The kernel's name says which layer it is; the output's may be that of a fused activation.
-        kernel = operation.inputs[1] if len(operation.inputs) > 1 else None
-        weighted = kernel is not None and kernel.value is not None and kernel.dtype == np.float32
-        source = kernel.name if kernel is not None and weighted and "/" in kernel.name else operation.outputs[0].name
-        short = short_name(source)
-        return operation.name.lower() if short.startswith("StatefulPartitionedCall") else short
-
     def layer(self, factory: Callable[..., Any], operation: Operation, **options: Any) -> Any:
         """Make a layer named after the operator's output."""
-        layer = factory(name=self._name(self._layer_name(operation)), dtype="float32", **options)
+        layer = factory(name=self._name(layer_name(operation)), dtype="float32", **options)
         self._operations[layer.name] = operation.index
         return layer
 

@@ -365,6 +365,25 @@ def short_name(name: str) -> str:
     return "_".join(parts) or "tensor"
 
 
+# What tracing calls the operation in which a layer uses its kernel.
+_KERNEL_SCOPES = {"convolution", "depthwise", "MatMul", "Tensordot", "conv2d_transpose", "separable_conv2d", "Einsum"}
+
+
+def layer_name(operation: Operation) -> str:
+    """Return the name of the layer that an operator is: of the one with its kernel, where others are folded in.
+
+    Folding BatchNorm gives a kernel or an output the name of any of the layers that went into it.
+    """
+    kernel = operation.inputs[1] if len(operation.inputs) > 1 else None
+    weighted = kernel is not None and kernel.value is not None and kernel.dtype == np.float32 and kernel.value.size > 1
+    names = [kernel.name] if kernel is not None and weighted and "/" in kernel.name else []
+    names.append(operation.outputs[0].name)
+    parts = [part for name in names for part in name.split(";") if "/" in part]
+    telling = [part for part in parts if weighted and re.sub(r"[_\d]*$", "", part.split("/")[-1]) in _KERNEL_SCOPES]
+    found = short_name((telling or names)[0])
+    return operation.name.lower() if found.startswith("StatefulPartitionedCall") else found
+
+
 def named_as_layers(content: bytes, layers: Collection[str]) -> bytes:
     """Return the file with tensor names that carry the model's own layer names.
 

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from dwindle.errors import ConfigError, did_you_mean
-from dwindle.lifting.flatbuffer import Graph, Operation, short_name
+from dwindle.lifting.flatbuffer import Graph, Operation, layer_name, short_name
 from dwindle.quantization.schemes import SCHEMES, Scheme
 
 # The quantizer's names where they differ from the file format's.
@@ -18,7 +18,7 @@ QUANTIZER_NAMES = {"TRANSPOSE_CONV": "CONV_2D_TRANSPOSE"}
 
 def names_of(operation: Operation) -> tuple[str, ...]:
     """Return what a user may call an operator: its layer, the parts of its tensors' names, its kind."""
-    found = [operation.name]
+    found = [operation.name, layer_name(operation)]
     kernel = operation.inputs[1] if len(operation.inputs) > 1 else None
     for tensor in (kernel if kernel is not None and kernel.value is not None else None, *operation.outputs):
         if tensor is not None:
@@ -33,11 +33,7 @@ def display_names(graph: Graph) -> list[str]:
     found: list[str] = []
     counts: dict[str, int] = {}
     for operation in graph.operations:
-        kernel = operation.inputs[1] if len(operation.inputs) > 1 else None
-        weighted = kernel is not None and kernel.value is not None and "/" in kernel.name and kernel.value.size > 1
-        name = short_name(kernel.name if weighted and kernel is not None else operation.outputs[0].name)
-        if name.startswith("StatefulPartitionedCall"):
-            name = operation.name.lower()
+        name = layer_name(operation)
         counts[name] = counts.get(name, 0) + 1
         found.append(name if counts[name] == 1 else f"{name}_{counts[name] - 1}")
     return found

@@ -8,13 +8,14 @@ from pathlib import Path
 from typing import Any
 
 from dwindle.files import write_text
+from dwindle.reporting.blame import blame_svg, print_blame
 from dwindle.reporting.numbers import format_bytes, format_metric, format_ms
 from dwindle.reporting.page import headline, render_html, verdict_line
 from dwindle.reporting.tables import print_inspection, terminal_summary
 
 __all__ = [
-    "format_bytes", "format_metric", "format_ms", "headline", "print_inspection", "render_html", "terminal_summary",
-    "verdict_line", "write_report",
+    "blame_svg", "format_bytes", "format_metric", "format_ms", "headline", "print_blame", "print_inspection",
+    "render_html", "terminal_summary", "verdict_line", "write_report",
 ]  # fmt: skip
 
 

@@ -9,7 +9,8 @@ from dwindle.reporting.numbers import format_bytes, format_metric, format_ms
 from dwindle.reporting.page import headline, verdict_line
 
 
-def _console() -> Any:
+def console_of() -> Any:
+    """Return a console for standard output."""
     import sys
 
     from rich.console import Console
@@ -28,7 +29,7 @@ def terminal_summary(report: Mapping[str, Any], console: Any = None) -> None:
     from rich.markup import escape
     from rich.table import Table
 
-    console = console or _console()
+    console = console or console_of()
     name = (report.get("metric") or {}).get("name", "accuracy")
     table = Table(box=None, pad_edge=False)
     table.add_column("#")
@@ -65,7 +66,7 @@ def print_inspection(rows: Sequence[Mapping[str, Any]], totals: Mapping[str, Any
     from rich.markup import escape
     from rich.table import Table
 
-    console = console or _console()
+    console = console or console_of()
     table = Table(box=None, pad_edge=False)
     for column in ("#", "operator"):
         table.add_column(column, no_wrap=True)
