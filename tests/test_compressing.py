@@ -11,9 +11,9 @@ from conftest import small_cnn
 
 import dwindle as dw
 from dwindle.compressing.goals import Goals, parse_drop, parse_latency
-from dwindle.units import parse_size
 from dwindle.compressing.plans import Plan, read_plan
 from dwindle.compressing.steps import training_loss
+from dwindle.units import parse_size
 
 
 @pytest.mark.parametrize(

@@ -70,8 +70,40 @@ class TransformedLayer:
         value = keras.ops.convert_to_tensor(value)
         for transform, state in zip(self._dwindle_transforms[key], states[key], strict=True):
             if order is None or transform.order < order:
-                value = transform.apply(value, state, self)
+                counts = transform.counts(value, state, self) if order is None and self._dwindle_counting() else None
+                value = transform.apply(value, state, self) if counts is None else counts[0]
         return value
+
+    def counts_of(self, key: str) -> tuple[Any, Any] | None:
+        """Return a weight in whole steps of the grid that it is rounded to, and the steps; None where there is none."""
+        for transform, state in self.transforms_and_states(key):
+            counts = transform.counts(self.effective(key, order=transform.order), state, self)
+            if counts is not None:
+                return counts
+        return None
+
+    def _dwindle_counting(self) -> bool:
+        return bool(self.__dict__.get("_dwindle_counts", False))
+
+    def _dwindle_on_integers(self, compute: Callable[[Any], Any], inputs: Any) -> Any | None:
+        """Compute as the file's 8-bit kernel does, on whole steps, and scale what it sums; None where it does not.
+
+        Float sums of scaled values err by more than the distance of two sums; sums of small integers are exact.
+        """
+        scales = [t.counted for t in self._dwindle_transforms.get("kernel", ()) if t.counted is not None]
+        if not scales:
+            return None
+        counts, input_scale = self.counts_of("kernel"), scales[0]
+        if counts is None:
+            return None
+        ops = keras.ops
+        activation = vars(self)["activation"]
+        self.__dict__.update(_dwindle_counts=True, activation=keras.activations.linear)
+        try:
+            total = compute(ops.round(inputs / input_scale))
+        finally:
+            self.__dict__.update(_dwindle_counts=False, activation=activation)
+        return activation(total * (ops.reshape(counts[1], (-1,)) * input_scale))
 
     def _dwindle_step(self) -> None:
         """Advance every transform by one training step and add the penalties."""
@@ -181,6 +213,10 @@ def transformed_class(base: type, weights: tuple[str, ...]) -> type:
             kwargs.pop("training", None)
         if training:
             self._dwindle_step()
+        elif len(args) == 1 and not kwargs.keys() - {"training"}:
+            found = self._dwindle_on_integers(lambda value: base.call(self, value, **kwargs), args[0])  # type: ignore[attr-defined]
+            if found is not None:
+                return found
         return base.call(self, *args, **kwargs)  # type: ignore[attr-defined]
 
     call.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]

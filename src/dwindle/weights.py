@@ -34,6 +34,17 @@ TRANSFORM_KINDS: dict[str, str] = {
 }
 
 
+def quotient(value: Any, divisor: float) -> Any:
+    """Return ``value / divisor`` in float32, rounded as IEEE 754 says, which decides how values at ties round.
+
+    TensorFlow's graph optimizers multiply with the rounded reciprocal of a constant instead; in 64 bits that comes out
+    the same.
+    """
+    if keras.backend.backend() != "tensorflow":
+        return value / divisor
+    return keras.ops.cast(keras.ops.cast(value, "float64") / divisor, "float32")
+
+
 class Transform:
     """One step on the way from a raw variable to the weight that the layer uses.
 
@@ -46,6 +57,8 @@ class Transform:
     order: ClassVar[int]
     #: Names of the state variables that gradients train.
     trained: tuple[str, ...] = ()
+    #: Scale of the layer's input where the layer computes on integers outside training, as an 8-bit kernel does.
+    counted: float | None = None
 
     def state(self, shape: tuple[int, ...]) -> dict[str, np.ndarray]:
         """Return the initial value of each state variable for a weight of this shape."""
@@ -63,6 +76,11 @@ class Transform:
     def penalty(self, weight: Any, state: Mapping[str, Any]) -> Any | None:
         """Return a scalar that training adds to the loss, or None."""
         del weight, state
+        return None
+
+    def counts(self, weight: Any, state: Mapping[str, Any], layer: Any) -> tuple[Any, Any] | None:
+        """Return the weight in whole steps and the size of a step, for a layer that computes on integers; else None."""
+        del weight, state, layer
         return None
 
     def get_config(self) -> dict[str, Any]:

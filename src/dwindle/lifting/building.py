@@ -11,8 +11,9 @@ import numpy as np
 
 from dwindle.errors import UnsupportedModelError
 from dwindle.lifting.flatbuffer import Graph, Operation, Tensor, layer_name, short_name
-from dwindle.lifting.grids import Grid, Grids
+from dwindle.lifting.grids import Grid, Grids, WeightGrid
 from dwindle.lifting.islands import Island, dead_ends
+from dwindle.lifting.kernel_tables import TABLED, ByTable, KernelTables
 from dwindle.lifting.layout import to_keras
 from dwindle.lifting.links import Link
 from dwindle.lifting.operators import OPERATORS
@@ -23,7 +24,8 @@ _KEEPS_GRID = {"MAX_POOL_2D", "RESHAPE", "SQUEEZE", "EXPAND_DIMS", "TRANSPOSE", 
                "SPLIT_V", "PAD", "RELU", "GATHER", "PACK", "UNPACK", "BROADCAST_TO", "SPACE_TO_DEPTH",
                "DEPTH_TO_SPACE", "REVERSE_V2", "MIRROR_PAD", "TILE"}  # fmt: skip
 # How kernels round what they compute, where it is not halves to even.
-_ROUNDING = {"AVERAGE_POOL_2D": "away", "ADD": "up", "SUB": "up", "SQRT": "down"}
+_ROUNDING = {"AVERAGE_POOL_2D": "away"}
+_KERNELS = {"CONV_2D", "DEPTHWISE_CONV_2D", "FULLY_CONNECTED"}
 # Operators whose output has one grid, whatever the data.
 _OWN_GRID = {"SOFTMAX", "LOGISTIC", "TANH", "LOG_SOFTMAX", "L2_NORMALIZATION"}
 # Operators that keep a state from one run to the next; neither an entry nor an island can stand for them.
@@ -47,8 +49,8 @@ class Builder:
     Attributes:
         links: Which variable is which constant.
         islands: Names of the operators that run in the interpreter, and why.
-        two_steps: Layer that rounds twice to the layer whose kernel's scales make its multiplier ("" for none), and
-            a factor.
+        snaps: Layer that rounds what an operator sums, to what its accumulator's steps are made from: the layer whose
+            kernel has scales ("" for none), a factor, and the output's scale.
         ranged: Tensor name to the layer that rounds it, where the range moves.
         shift: 1 while the operator at work sees tensors with a sample axis that the file's do not have, else 0.
     """
@@ -64,7 +66,7 @@ class Builder:
         self.links: list[Link] = []
         self.islands: list[str] = []
         self.ranged: dict[str, str] = {}
-        self.two_steps: dict[str, tuple[str, float]] = {}
+        self.snaps: dict[str, tuple[str, float, float]] = {}
         self.shift = 0
         self._values: dict[int, Any] = {}
         self._extra: set[int] = set()
@@ -73,6 +75,7 @@ class Builder:
         self._operations: dict[str, int] = {}
         self._shared: dict[Grid, Any] = {}
         self._on_grid: dict[int, Grid] = {}
+        self._tables: KernelTables | None = None
         ends = {tensor.index for tensor in graph.outputs}
         self._probabilities = {
             tensor.index
@@ -89,6 +92,7 @@ class Builder:
 
     def run(self) -> tuple[Any, Any]:
         """Return the inputs and outputs of the model."""
+        self._reserve_names()
         inputs = []
         for number, tensor in enumerate(self.graph.inputs):
             shape = tensor.shape[1:]
@@ -117,9 +121,20 @@ class Builder:
         single = outputs[0] if len(outputs) == 1 else outputs
         return (inputs[0] if len(inputs) == 1 else inputs), single
 
+    def _reserve_names(self) -> None:
+        """Keep the names that layers will have out of those that Keras gives to operations without a layer."""
+        highest: dict[str, int] = {}
+        for operation in self.graph.operations:
+            prefix, _, number = layer_name(operation).rpartition("_")
+            pair = (prefix, int(number)) if prefix and number.isdigit() else (layer_name(operation), 0)
+            highest[pair[0]] = max(highest.get(pair[0], 0), pair[1]) + 1
+        for prefix, count in highest.items():
+            while keras.backend.get_uid(prefix) <= count:
+                pass
+
     def _operate(self, operation: Operation) -> None:
         inputs = self._rounded_inputs(operation)
-        results = self._computed(operation, inputs)
+        results = self._by_table(operation, inputs, self._computed(operation, inputs))
         source = next((t for t in operation.inputs if t is not None and t.value is None), None)
         for number, (tensor, value) in enumerate(zip(operation.outputs, results, strict=False)):
             grid = self.grids.outputs.get((operation.index, number))
@@ -155,20 +170,26 @@ class Builder:
                 name = self._name(f"{short_name(tensor.name)}_rounded")
                 value = DynamicQuantize(axes=axes, name=name, dtype="float32")(value)
             inputs.append(value)
-        return self._on_fine_grid(operation, inputs)
+        return inputs
 
-    def _on_fine_grid(self, operation: Operation, inputs: list[Any]) -> list[Any]:
-        """Round the operands of a squared difference as its 8-bit kernel does: to 1/64 of the wider of their steps."""
-        operands = [self.grids.operands.get((operation.index, position)) for position in (0, 1)]
-        steps = [operand.scale for operand in operands if operand is not None and operand.bits == 8]
-        if operation.name != "SQUARED_DIFFERENCE" or len(steps) < 2 or any(value is None for value in inputs):
-            return inputs
-        fine = Grid(scale=max(steps) / 64, zero_point=0, bits=16)
-        name = operation.outputs[0].name
-        return [
-            self._fake_quantize(value, fine, f"{name}_operand", pinned=True) if step < max(steps) else value
-            for value, step in zip(inputs, steps, strict=True)
-        ]
+    def _by_table(self, operation: Operation, inputs: list[Any], results: list[Any]) -> list[Any]:
+        """Let an operator that works entry by entry give what LiteRT's 8-bit kernel gives, where it has one."""
+        grids = [self.grids.operands.get((operation.index, position)) for position in range(len(inputs))]
+        output = self.grids.outputs.get((operation.index, 0))
+        found = [grid for grid in grids if grid is not None and grid.bits == 8]
+        if operation.name not in TABLED or self.ranges != "fixed" or any(value is None for value in inputs):
+            return results
+        if output is None or output.bits != 8 or len(found) < len(inputs):
+            return results
+        if not all(len(value.shape) == len(results[0].shape) for value in inputs):
+            return results
+        if self._tables is None:
+            self._tables = KernelTables(self.content)
+        table = self._tables.table(operation, found, output)
+        if table is None:
+            return results
+        layer = ByTable.of(table, found, output, name=self._name(f"{layer_name(operation)}_in_8_bits"), dtype="float32")
+        return [layer([*inputs, results[0]])]
 
     def _computed(self, operation: Operation, inputs: list[Any]) -> list[Any]:
         """Return the operator's results: by its entry, else as an island."""
@@ -244,17 +265,39 @@ class Builder:
         operands = [self.grids.operands.get((operation.index, position)) for position in (0, 1)]
         if grid is None or grid.bits != 8:
             return {"rounding": _ROUNDING.get(operation.name, "even")}
+        if operands[0] is None or operands[0].bits != 8:
+            return {"rounding": _ROUNDING.get(operation.name, "even")}
         # Where XNNPACK has no kernel, LiteRT's own multiplies, rounds, shifts and rounds again.
         odd = operation.name == "FULLY_CONNECTED" and kernel is not None and kernel.shape[-1] % 2 == 1
-        own = operation.name == "CONV_2D" or odd
-        if own and stored is not None and stored.bits < 8 and operands[0] is not None:
-            layer = next(name for name, number in self._operations.items() if number == operation.index)
+        own = {"rounding": "up", "fixed_point": True}
+        if operation.name in _KERNELS and stored is not None:
+            layer = self._layer_of(operation)
+            fixed = own if stored.bits < 8 and (operation.name == "CONV_2D" or odd) else {}
             channels = operation.outputs[0].shape[-1]
-            return {"rounding": "up", "two_step": channels, "source": (layer, operands[0].scale / grid.scale)}
-        if operation.name == "SQUARED_DIFFERENCE" and operands[0] is not None and operands[1] is not None:
-            step = 2 * max(operands[0].scale, operands[1].scale) / 128
-            return {"rounding": "up", "two_step": 1, "source": ("", step**2 / grid.scale)}
+            return {**fixed, "snap": channels, "source": (layer, operands[0].scale, grid.scale)}
+        if operation.name == "MEAN":
+            count = np.prod([t.shape for t in operation.inputs[:1] if t is not None]) / np.prod(
+                operation.outputs[0].shape
+            )
+            axes = operation.inputs[1]
+            over_space = axes is not None and axes.value is not None and sorted(np.ravel(axes.value)) == [1, 2]
+            return {
+                "rounding": "even" if over_space else "up",
+                "snap": 1,
+                "source": ("", operands[0].scale / count, grid.scale),
+            }
+        if operands[1] is not None and operation.name in ("MUL", "BATCH_MATMUL"):
+            moving = [
+                operand.scale
+                for operand, tensor in zip(operands, operation.inputs, strict=False)
+                if operand is not None and tensor is not None and tensor.value is None
+            ]
+            layer = self._layer_of(operation) if len(moving) == 1 else ""
+            return {"snap": 1, "source": (layer, float(np.prod(moving)), grid.scale)}
         return {"rounding": _ROUNDING.get(operation.name, "even")}
+
+    def _layer_of(self, operation: Operation) -> str:
+        return next(name for name, number in self._operations.items() if number == operation.index)
 
     def _round(self, value: Any, grid: Grid | None, tensor: Tensor, **options: Any) -> Any:
         if grid is None:
@@ -274,6 +317,7 @@ class Builder:
         if layer is None:
             if moves:
                 options = {"ranges": self.ranges, "power_of_two": self.power_of_two}
+                source = None
             layer = FakeQuantize(
                 scale=grid.scale, zero_point=grid.zero_point, bits=grid.bits,
                 name=self._name(f"{short_name(name)}_quantized"), dtype="float32", **options,
@@ -281,7 +325,7 @@ class Builder:
             if moves:
                 self._shared[grid] = layer
             elif source is not None:
-                self.two_steps[layer.name] = source
+                self.snaps[layer.name] = source
         if moves and made:
             self.ranged[name] = layer.name
         return layer(value)
@@ -299,6 +343,15 @@ class Builder:
         layer = factory(name=self._name(layer_name(operation)), dtype="float32", **options)
         self._operations[layer.name] = operation.index
         return layer
+
+    def sum_scales(self, operation: Operation) -> tuple[float, float, float] | None:
+        """Return the scales of two summands and of their sum where an 8-bit kernel adds them; else None."""
+        grids = (*(self.grids.operands.get((operation.index, position)) for position in (0, 1)),
+                 self.grids.outputs.get((operation.index, 0)))  # fmt: skip
+        found = [grid.scale for grid in grids if grid is not None and grid.bits == 8]
+        if operation.name not in ("ADD", "SUB"):
+            return None
+        return (found[0], found[1], found[2]) if len(found) == 3 and self.ranges == "fixed" else None
 
     def weights(self, layer: Any, **tensors: tuple[Tensor | None, str]) -> None:
         """Note which constants of the file fill which variables of a layer, and how they are laid out."""
@@ -342,11 +395,21 @@ class Builder:
                     bits=grid.bits, channel_axes=slot.channel_axes if grid.per_channel else (), input_scale=scale,
                     block=grid.block, power_of_two=grid.power_of_two, asymmetric=grid.asymmetric,
                     own_bound=bound is not None, learned=bound is not None and learned, bound=bound,
+                    counted=self._counted(link, grid, operand),
                 )
             ]  # fmt: skip
             if scale is not None:
                 found[link.layer, "bias"] = [FakeQuantizedBias(input_scale=scale, kernel=link.variable)]
         return found
+
+    def _counted(self, link: Link, grid: WeightGrid, operand: Grid | None) -> float | None:
+        """Return the scale of a layer's input where its kernel sums products of 8-bit integers."""
+        operation = self.graph.operations[self._operations[link.layer]]
+        if self.ranges != "fixed" or operation.name not in _KERNELS or grid.block or grid.asymmetric:
+            return None
+        if operand is None or operand.bits != 8:
+            return None
+        return operand.scale
 
 
 def _is_pointwise(operation: Operation) -> bool:

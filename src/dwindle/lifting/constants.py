@@ -1,4 +1,4 @@
-"""Layers that lifting needs and Keras does not have: arithmetic with a constant, padding and slicing of any axis."""
+"""Layers that lifting needs and Keras does not have: arithmetic with constants and on integers, cuts."""
 
 from __future__ import annotations
 
@@ -6,8 +6,9 @@ from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import keras
+import numpy as np
 
-from dwindle.weights import WeightSpec
+from dwindle.weights import WeightSpec, quotient
 
 
 @keras.saving.register_keras_serializable("dwindle")
@@ -18,24 +19,36 @@ class ConstantOperand(keras.layers.Layer):
         kind: ``add``, ``sub``, ``mul``, ``div``, ``pow``, ``maximum``, ``minimum``, ``squared_difference``, ``prelu``.
         shape: Shape of the constant; it broadcasts against the input.
         constant_first: Whether the constant is the left operand.
+        scales: Scales of the input and of the result where a sum is computed on 8-bit integers outside training, as
+            long as the constant lies on a grid of its own; see `integer_sum`.
     """
 
     weight_specs: ClassVar[tuple[WeightSpec, ...]] = (WeightSpec(weight="value", channel_axes=(-1,), prunable=False),)
 
-    def __init__(self, *, kind: str, shape: Sequence[int], constant_first: bool = False, **kwargs: Any) -> None:
+    def __init__(
+        self, *, kind: str, shape: Sequence[int], constant_first: bool = False, scales: Sequence[float] | None = None,
+        **kwargs: Any,
+    ) -> None:  # fmt: skip
         super().__init__(**kwargs)
         self.kind = kind
         self.shape = tuple(shape)
         self.constant_first = constant_first
+        self.scales = None if scales is None else tuple(scales)
 
     def build(self, input_shape: Any) -> None:
         """Create the constant."""
         del input_shape
         self.value = self.add_weight(name="value", shape=self.shape, initializer="zeros")
 
-    def call(self, inputs: Any) -> Any:
+    def call(self, inputs: Any, training: bool | None = None) -> Any:
         """Return the combination, broadcast to the larger shape."""
         ops = keras.ops
+        if self.scales is not None and not training and hasattr(self, "counts_of"):
+            found = self.counts_of("value")
+            if found is not None:
+                signs = (1, 1) if self.kind == "add" else (-1, 1) if self.constant_first else (1, -1)
+                steps = ops.round(inputs / self.scales[0])
+                return integer_sum((steps, found[0]), (self.scales[0], found[1]), self.scales[1], signs=signs)
         value = ops.convert_to_tensor(self.value)
         if self.kind == "prelu":
             return ops.maximum(inputs, 0.0) + value * ops.minimum(inputs, 0.0)
@@ -50,7 +63,8 @@ class ConstantOperand(keras.layers.Layer):
 
     def get_config(self) -> dict[str, Any]:
         """Return what makes an equal layer."""
-        own = {"kind": self.kind, "shape": list(self.shape), "constant_first": self.constant_first}
+        own = {"kind": self.kind, "shape": list(self.shape), "constant_first": self.constant_first,
+               "scales": None if self.scales is None else list(self.scales)}  # fmt: skip
         return {**super().get_config(), **own}
 
 
@@ -228,3 +242,54 @@ class MatMul(keras.layers.Layer):
                "constant": None if self.constant is None else list(self.constant),
                "constant_first": self.constant_first}  # fmt: skip
         return {**super().get_config(), **own}
+
+
+def integer_sum(steps: Sequence[Any], scales: Sequence[Any], result: float, *, signs: Sequence[int]) -> Any:
+    """Add as an 8-bit kernel does: ``(a m_a + b m_b + 2^(k-1)) >> k`` with ``m = round(2^k s / s_out)``.
+
+    ``k`` gives the larger factor 21 bits.
+
+    Args:
+        steps: Both operands in whole steps of their grids, zero at zero.
+        scales: Their steps.
+        result: Step of the result.
+        signs: 1 or -1 for each operand.
+
+    Returns:
+        The sum on the result's grid, not clipped, as float32.
+    """
+    ops = keras.ops
+    ratios = [quotient(ops.convert_to_tensor(scale, "float32"), float(np.float32(result))) for scale in scales]
+    exponent = ops.floor(ops.log2(ops.maximum(ratios[0], ratios[1])))
+    unit = ops.power(ops.convert_to_tensor(2.0, "float32"), 20.0 - exponent)
+    total = ops.cast(unit / 2, "int32")
+    for value, ratio, sign in zip(steps, ratios, signs, strict=True):
+        total = total + ops.cast(value, "int32") * (sign * ops.cast(ops.round(ratio * unit), "int32"))
+    return ops.cast(ops.floor_divide(total, ops.cast(unit, "int32")), "float32") * float(result)
+
+
+@keras.saving.register_keras_serializable("dwindle")
+class Sum(keras.layers.Layer):
+    """Add or subtract two tensors on 8-bit grids, outside training on integers; see `integer_sum`.
+
+    Args:
+        scales: Scale of the first operand, of the second, and of the result.
+        subtract: Whether the second is subtracted.
+    """
+
+    def __init__(self, *, scales: Sequence[float], subtract: bool = False, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.scales = tuple(scales)
+        self.subtract = subtract
+
+    def call(self, inputs: Any, training: bool | None = None) -> Any:
+        """Return the sum, broadcast; outside training it lies on the result's grid already, but is not clipped."""
+        signs = (1, -1 if self.subtract else 1)
+        if training:
+            return inputs[0] + signs[1] * inputs[1]
+        steps = [keras.ops.round(value / scale) for value, scale in zip(inputs, self.scales[:2], strict=True)]
+        return integer_sum(steps, self.scales[:2], self.scales[2], signs=signs)
+
+    def get_config(self) -> dict[str, Any]:
+        """Return what makes an equal layer."""
+        return {**super().get_config(), "scales": list(self.scales), "subtract": self.subtract}

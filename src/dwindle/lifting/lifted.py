@@ -95,14 +95,15 @@ class LiftedModel(keras.Model):
         return found
 
     def sync(self) -> None:
-        """Bring what depends on trained weights up to date: how finely kernels that round twice round first.
-
-        It is a power of two that training seldom changes; export calls this.
-        """
-        for name, (source, ratio) in (self._dwindle_quantization or {}).get("two_steps", {}).items():
-            exponent = np.frexp(_kernel_scales(self.get_layer(source)) * ratio if source else np.array([ratio]))[1]
-            variable = self.get_layer(name).first_step
-            variable.assign(np.broadcast_to(np.exp2(np.maximum(-exponent, 0.0)), variable.shape).astype(np.float32))
+        """Bring what depends on trained weights up to date: the steps of accumulators. Export calls this."""
+        for name, (source, factor, scale) in (self._dwindle_quantization or {}).get("snaps", {}).items():
+            scales = _kernel_scales(self.get_layer(source)) if source else np.ones(1, np.float32)
+            step = np.float32(factor) * scales / np.float32(scale)
+            layer = self.get_layer(name)
+            # Wide steps are far above what float arithmetic errs by, and stale ones would show.
+            layer.step.assign(np.broadcast_to(np.where(step < 0.05, step, 0.0), layer.step.shape).astype(np.float32))
+            first = np.exp2(np.maximum(-np.frexp(step)[1], 0.0)).astype(np.float32)
+            layer.first_step.assign(np.broadcast_to(first, layer.first_step.shape))
 
     def get_config(self) -> dict[str, Any]:
         """Return the functional graph and what ties it to the file."""
@@ -144,10 +145,9 @@ class LiftedModel(keras.Model):
 
 
 def _kernel_scales(layer: Any) -> np.ndarray:
-    """Return the scale of each output channel of a layer's kernel, as it is now."""
-    rounder, state = next((t, s) for t, s in layer.transforms_and_states("kernel") if t.kind == "fake_quantize")
-    raw = layer.effective("kernel", order=rounder.order)
-    return np.ravel(keras.ops.convert_to_numpy(rounder.scales(raw, layer, state))).astype(np.float64)
+    """Return the scale of each output channel of a layer's kernel, or that of its constant, as it is now."""
+    counts = layer.counts_of(next(iter(layer.__dict__["_dwindle_transforms"])))
+    return np.ravel(keras.ops.convert_to_numpy(counts[1])).astype(np.float32)
 
 
 def _float_value(layer: Any, variable: str) -> np.ndarray:
@@ -210,8 +210,8 @@ def build_lifted(
     inputs, outputs = builder.run()
     islands = [f"runs frozen in the interpreter: {island}" for island in builder.islands]
     if quantization is not None:
-        two_steps = {layer: list(source) for layer, source in builder.two_steps.items()}
-        quantization = {**quantization, "ranged": builder.ranged, "two_steps": two_steps}
+        snaps = {layer: list(source) for layer, source in builder.snaps.items()}
+        quantization = {**quantization, "ranged": builder.ranged, "snaps": snaps}
     model = LiftedModel(
         inputs, outputs, links=builder.links, name=name, quantization=quantization, notes=[*notes, *islands]
     )

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 import keras
 import numpy as np
 
-from dwindle.weights import Transform
+from dwindle.weights import Transform, quotient
 
 # A quantized bias is kept within half of what an accumulator of 32 bits holds.
 LARGEST_BIAS = 2.0**30
@@ -42,6 +42,8 @@ class FakeQuantizedWeight(Transform):
         asymmetric: Whether it has a zero point at 8 bits, as an activation has.
         own_bound: Whether the largest magnitude ``q_max s`` is a variable of its own, not ``max |w|``.
         learned: Whether training moves that variable (learned step size, LSQ).
+        counted: Scale of the layer's input where the layer computes on integers outside training, as its 8-bit kernel
+            does; None where it does not.
         bound: The variable's initial value, of a shape that broadcasts against the weight; not part of the config.
 
     References:
@@ -63,9 +65,11 @@ class FakeQuantizedWeight(Transform):
         asymmetric: bool = False,
         own_bound: bool = False,
         learned: bool = False,
+        counted: float | None = None,
         bound: np.ndarray | None = None,
     ) -> None:
         self.bits = bits
+        self.counted = counted
         self.channel_axes = tuple(channel_axes)
         self.input_scale = input_scale
         self.block = block
@@ -102,7 +106,7 @@ class FakeQuantizedWeight(Transform):
             bias = ops.abs(ops.cast(layer.effective("bias", order=self.order), "float32"))
             bias = ops.reshape(bias, largest.shape) if self.channel_axes else ops.max(bias)
             largest = ops.maximum(largest, ops.stop_gradient(bias) * (high / self.input_scale / LARGEST_BIAS))
-        scale = ops.maximum(largest, 1e-9) / high
+        scale = quotient(ops.maximum(largest, 1e-9), high)
         return next_power_of_two(scale) if self.power_of_two else scale
 
     def apply(self, weight: Any, state: Mapping[str, Any], layer: Any) -> Any:
@@ -123,26 +127,41 @@ class FakeQuantizedWeight(Transform):
         rounded = ops.clip(ops.round(raw / scale), low, high) * scale
         return weight + ops.cast(rounded - raw, weight.dtype)
 
-    def _with_zero_point(self, weight: Any) -> Any:
+    def counts(self, weight: Any, state: Mapping[str, Any], layer: Any) -> tuple[Any, Any] | None:
+        """Return the weight in steps of its grid, zero at zero, and the steps; None in blocks."""
         ops = keras.ops
-        raw = ops.stop_gradient(ops.cast(weight, "float32"))
+        if self.block:
+            return None
+        raw = ops.cast(weight, "float32")
+        if self.asymmetric and self.bits == 8:
+            return self._counts_with_zero_point(raw)
+        low, high = quantized_range(self.bits, narrow=self.bits >= 8)
+        scale = self.scales(raw, layer, state)
+        return ops.clip(ops.round(raw / scale), low, high), scale
+
+    def _counts_with_zero_point(self, raw: Any) -> tuple[Any, Any]:
+        ops = keras.ops
         low, high = quantized_range(self.bits)
         smallest, largest = ops.minimum(ops.min(raw), 0.0), ops.maximum(ops.max(raw), 0.0)
         if self.power_of_two:
-            scale = next_power_of_two(ops.maximum(ops.maximum(-smallest, largest), 1e-9) / high)
+            scale = next_power_of_two(quotient(ops.maximum(ops.maximum(-smallest, largest), 1e-9), high))
             point = ops.zeros_like(scale)
         else:
-            scale = ops.maximum(largest - smallest, 1e-9) / (high - low)
+            scale = quotient(ops.maximum(largest - smallest, 1e-9), high - low)
             point = ops.round(low - smallest / scale)
-        rounded = (ops.clip(ops.round(raw / scale) + point, low, high) - point) * scale
-        return weight + ops.cast(rounded - raw, weight.dtype)
+        return ops.clip(ops.round(raw / scale) + point, low, high) - point, scale
+
+    def _with_zero_point(self, weight: Any) -> Any:
+        raw = keras.ops.stop_gradient(keras.ops.cast(weight, "float32"))
+        steps, scale = self._counts_with_zero_point(raw)
+        return weight + keras.ops.cast(steps * scale - raw, weight.dtype)
 
     def _in_blocks(self, weight: Any, low: int, high: int) -> Any:
         ops = keras.ops
         inputs, outputs = weight.shape
         raw = ops.stop_gradient(ops.cast(weight, "float32"))
         blocks = ops.reshape(raw, (inputs // self.block, self.block, outputs))
-        scale = ops.maximum(ops.max(ops.abs(blocks), axis=1, keepdims=True), 1e-9) / high
+        scale = quotient(ops.maximum(ops.max(ops.abs(blocks), axis=1, keepdims=True), 1e-9), high)
         # The file stores such scales in 16 bits with a mantissa of 7.
         scale = ops.cast(ops.cast(ops.cast(scale, "bfloat16"), "float16"), "float32")
         rounded = ops.clip(ops.round(blocks / ops.maximum(scale, 1e-9)), low, high) * scale
@@ -153,7 +172,7 @@ class FakeQuantizedWeight(Transform):
         return {
             "bits": self.bits, "channel_axes": list(self.channel_axes), "input_scale": self.input_scale,
             "block": self.block, "power_of_two": self.power_of_two, "asymmetric": self.asymmetric,
-            "own_bound": self.own_bound, "learned": self.learned,
+            "own_bound": self.own_bound, "learned": self.learned, "counted": self.counted,
         }  # fmt: skip
 
 
@@ -176,14 +195,24 @@ class FakeQuantizedBias(Transform):
         """Return the rounded bias."""
         del state
         ops = keras.ops
+        scales = self._scales(layer)
+        raw = ops.stop_gradient(ops.cast(weight, "float32"))
+        return weight + ops.cast(ops.round(raw / scales) * scales - raw, weight.dtype)
+
+    def counts(self, weight: Any, state: Mapping[str, Any], layer: Any) -> tuple[Any, Any] | None:
+        """Return the bias in steps of the accumulator, and the steps."""
+        del state
+        scales = self._scales(layer)
+        return keras.ops.round(keras.ops.cast(weight, "float32") / scales), scales
+
+    def _scales(self, layer: Any) -> Any:
+        ops = keras.ops
         rounder, kernel_state = next(
             (t, s) for t, s in layer.transforms_and_states(self.kernel) if isinstance(t, FakeQuantizedWeight)
         )
         kernel = ops.stop_gradient(layer.effective(self.kernel, order=self.order))
         found = ops.stop_gradient(rounder.scales(kernel, layer, kernel_state))
-        scales = ops.reshape(found, (-1,)) * self.input_scale
-        raw = ops.stop_gradient(ops.cast(weight, "float32"))
-        return weight + ops.cast(ops.round(raw / scales) * scales - raw, weight.dtype)
+        return ops.reshape(found, (-1,)) * self.input_scale
 
     def get_config(self) -> dict[str, Any]:
         """Return the input's scale and the kernel's key."""
@@ -216,8 +245,10 @@ class FakeQuantize(keras.layers.Layer):
         zero_point: ``z``, an integer of the width.
         bits: 8 or 16.
         rounding: A key of `ROUNDINGS`: what the operator's kernel does with values between two steps.
-        two_step: Number of channels of a kernel that rounds twice: to ``1 / first_step`` of a quantum, then to whole
-            ones. ``first_step`` is a variable, which `dwindle.lifting.lifted.LiftedModel.sync` sets; 0 for none.
+        snap: Number of channels of an operator that sums integers, 0 for none: values are first put on the steps of its
+            accumulator, which float arithmetic leaves by a hair. The steps, in quanta, are the variable ``step``, which
+            `dwindle.lifting.lifted.LiftedModel.sync` sets.
+        fixed_point: Whether its kernel then rounds twice: to ``1 / first_step`` of a quantum, then to whole ones.
         input_scale: Scale of the input where it lies on a grid already and is only moved to another. LiteRT's kernel
             does that with the ratio of the scales in steps of 1/256.
         in_training: Whether training rounds too. It does not at the probabilities that a model ends in: one that is
@@ -240,7 +271,8 @@ class FakeQuantize(keras.layers.Layer):
         zero_point: int,
         bits: int = 8,
         rounding: str = "even",
-        two_step: int = 0,
+        snap: int = 0,
+        fixed_point: bool = False,
         input_scale: float | None = None,
         in_training: bool = True,
         ranges: str = "fixed",
@@ -254,7 +286,8 @@ class FakeQuantize(keras.layers.Layer):
         self.zero_point = zero_point
         self.bits = bits
         self.rounding = rounding
-        self.two_step = two_step
+        self.snap = snap
+        self.fixed_point = fixed_point
         self.input_scale = input_scale
         self.in_training = in_training
         self.ranges = ranges
@@ -264,9 +297,10 @@ class FakeQuantize(keras.layers.Layer):
     def build(self, input_shape: Any) -> None:
         """Create the ends of the range, where they move."""
         del input_shape
-        if self.two_step:
-            self.first_step = self.add_weight(
-                name="first_step", shape=(self.two_step,), initializer="ones", trainable=False, dtype="float32"
+        if self.snap:
+            self.step, self.first_step = (
+                self.add_weight(name=name, shape=(self.snap,), initializer=start, trainable=False, dtype="float32")
+                for name, start in (("step", "zeros"), ("first_step", "ones"))
             )
         if self.ranges == "fixed":
             return
@@ -308,7 +342,10 @@ class FakeQuantize(keras.layers.Layer):
             return tf.quantization.fake_quant_with_min_max_args(values, ends[0], ends[1])
         inside = ops.clip(values, *ends)
         quanta = values / self.scale
-        if self.two_step:
+        if self.snap:
+            step = ops.convert_to_tensor(self.step)
+            quanta = ops.where(step > 0, ops.round(quanta / ops.maximum(step, 1e-12)) * step, quanta)
+        if self.fixed_point:
             quanta = ops.floor(quanta * self.first_step + 0.5) / self.first_step
         steps = ROUNDINGS[self.rounding](quanta, self.zero_point)
         ratio = 0.0 if self.input_scale is None else self.input_scale / self.scale
@@ -352,8 +389,9 @@ class FakeQuantize(keras.layers.Layer):
         """Return the grid."""
         grid = {
             "scale": self.scale, "zero_point": self.zero_point, "bits": self.bits, "rounding": self.rounding,
-            "two_step": self.two_step, "input_scale": self.input_scale, "in_training": self.in_training,
-            "ranges": self.ranges, "power_of_two": self.power_of_two, "momentum": self.momentum,
+            "snap": self.snap, "fixed_point": self.fixed_point, "input_scale": self.input_scale,
+            "in_training": self.in_training, "ranges": self.ranges, "power_of_two": self.power_of_two,
+            "momentum": self.momentum,
         }  # fmt: skip
         return {**super().get_config(), **grid}
 

@@ -8,7 +8,7 @@ from typing import Any
 import keras
 import numpy as np
 
-from dwindle.lifting.constants import ConstantOperand, FixedOperand
+from dwindle.lifting.constants import ConstantOperand, FixedOperand, Sum
 from dwindle.lifting.flatbuffer import Operation
 from dwindle.lifting.operators.registry import Context, finish, operator, rank_of, unsupported, weight
 
@@ -40,10 +40,17 @@ def _binary(context: Context, operation: Operation, inputs: list[Any]) -> Any:
                 dtype_name=np.dtype(tensor.dtype).name, constant_first=fixed[0] == 0,
             )  # fmt: skip
             return layer(inputs[1 - fixed[0]])
-        layer = context.layer(ConstantOperand, operation, kind=kind, shape=tensor.shape, constant_first=fixed[0] == 0)
+        scales = context.sum_scales(operation)
+        layer = context.layer(
+            ConstantOperand, operation, kind=kind, shape=tensor.shape, constant_first=fixed[0] == 0,
+            scales=None if scales is None else (scales[1 - fixed[0]], scales[2]),
+        )  # fmt: skip
         context.weights(layer, value=(tensor, "plain"))
         return finish(context, operation, layer(inputs[1 - fixed[0]]))
     first, second = _aligned(context, operation, inputs[:2])
+    if (scales := context.sum_scales(operation)) is not None:
+        layer = context.layer(Sum, operation, scales=scales, subtract=operation.name == "SUB")
+        return finish(context, operation, layer([first, second]))
     if operation.name in _MERGES and len(first.shape) == len(second.shape):
         layer = context.layer(_MERGES[operation.name], operation)
         return finish(context, operation, layer([first, second]))

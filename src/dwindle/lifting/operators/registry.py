@@ -31,6 +31,10 @@ class Context(Protocol):
         """Note which constants of the file fill which variables of a layer, and how they are laid out."""
         ...
 
+    def sum_scales(self, operation: Operation) -> tuple[float, float, float] | None:
+        """Return the scales of two summands and of their sum where an 8-bit kernel adds them; else None."""
+        ...
+
 
 Entry = Callable[[Context, Operation, list[Any]], Any]
 OPERATORS: dict[str, Entry] = {}
