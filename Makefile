@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 WORKERS ?= 2
 
-.PHONY: help demo test lint format slow bench examples docs lock clean
+.PHONY: help demo test lint format slow bench bench-applications bench-quantization examples docs lock clean
 
 help:
 	@echo "make demo      train LeNet-5 on MNIST digits and compress it (a few minutes)"
@@ -13,7 +13,7 @@ help:
 	@echo "make lint      ruff and mypy"
 	@echo "make slow      the long tests"
 	@echo "make examples  the three examples"
-	@echo "make bench     the benchmarks"
+	@echo "make bench     the benchmarks that need no data; bench-applications and bench-quantization take an hour each"
 	@echo "make docs      build the documentation into site/"
 
 $(READY): requirements.lock pyproject.toml
@@ -46,8 +46,17 @@ examples: $(READY)
 	$(BIN)/python examples/distill_mnist.py
 	$(BIN)/python examples/quantize_mnist.py
 
+# TFMOT names the Python of an environment with tensorflow-cpu==2.19.*, tf-keras==2.19.* and
+# tensorflow-model-optimization==0.8.*; MNIST and FASHION are mnist.npz and fashion_mnist.npz of keras.datasets.
 bench: $(READY)
-	$(BIN)/python benchmarks/step_time.py
+	$(BIN)/python benchmarks/step_time.py $(if $(TFMOT),--tfmot $(TFMOT))
+	$(BIN)/python benchmarks/large_model.py
+
+bench-applications: $(READY)
+	$(BIN)/python benchmarks/applications.py
+
+bench-quantization: $(READY)
+	$(BIN)/python benchmarks/quantization_accuracy.py --data $(MNIST) --data $(FASHION) $(if $(TFMOT),--tfmot $(TFMOT))
 
 docs: $(READY)
 	$(BIN)/mkdocs build --strict

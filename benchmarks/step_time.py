@@ -1,18 +1,26 @@
 """What a technique costs: time of a training step against plain ``fit``, interleaved in one run.
 
-python benchmarks/step_time.py
+python benchmarks/step_time.py [--tfmot PYTHON]
+
+``--tfmot`` names the Python of an environment with TensorFlow 2.19, tf-keras and tensorflow-model-optimization, whose
+quantization-aware training is then timed in the same rounds, against its own plain ``fit``.
 """
 
 from __future__ import annotations
 
+import argparse
+import contextlib
+import subprocess
 import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import keras
 import numpy as np
 
 import dwindle as dw
 
-ROUNDS, STEPS, BATCH = 7, 40, 64
+ROUNDS, STEPS, BATCH = 15, 80, 64
 
 
 def mlp() -> keras.Model:
@@ -38,8 +46,37 @@ def cnn() -> keras.Model:
     )  # fmt: skip
 
 
+@contextlib.contextmanager
+def peer(python: str | None, name: str) -> Iterator[Callable[[], tuple[float, float]] | None]:
+    """Yield a function that measures TFMOT's plain and quantized step once, in ms; None without its environment."""
+    if python is None:
+        yield None
+        return
+    script = Path(__file__).parent / "peers" / "tfmot_steps.py"
+    command = [python, str(script), name, str(STEPS), str(BATCH)]
+    with subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+    ) as run:
+        assert run.stdin is not None
+        assert run.stdout is not None
+        run.stdout.readline()
+
+        def once() -> tuple[float, float]:
+            run.stdin.write("\n")
+            run.stdin.flush()
+            plain, aware = run.stdout.readline().split()
+            return float(plain), float(aware)
+
+        yield once
+        run.stdin.close()
+
+
 def main() -> None:
-    """Print the median time of a step of each technique as a factor of the plain step's."""
+    """Print the time of a step of each technique in its fastest round, as a factor of the plain step's."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--tfmot")
+    parser.add_argument("--only", help="part of the names of the techniques to time")
+    options = parser.parse_args()
     generator = np.random.default_rng(0)
     y = generator.integers(0, 10, STEPS * BATCH)
     for name, build, shape in (("MLP", mlp, (784,)), ("CNN", cnn, (28, 28, 1))):
@@ -49,25 +86,35 @@ def main() -> None:
         every = dw.PolynomialDecay(end=10_000, frequency=1)
         runs = {
             "plain": model,
+            "the same graph, plain": dw.lift(model),
+            "int8 in training": dw.quantize(model, "int8", data=x[:64]),
+            "int8 in training, learned ranges": dw.quantize(model, "int8", data=x[:64], ranges="learned"),
             "pruned, masks every 100 steps": dw.prune(model, 0.8, schedule=schedule),
             "pruned, masks every step": dw.prune(model, 0.8, schedule=every),
-            "int8 in training": dw.quantize(model, "int8", data=x[:64]),
-            "the same graph, plain": dw.lift(model),
             "distilled from itself": dw.distill(build(), model),
         }
+        wanted = options.only or ""
+        runs = {run: twin for run, twin in runs.items() if "plain" in run or wanted in run}
         times: dict[str, list[float]] = {run: [] for run in runs}
         for run in runs.values():
             run.compile("adam", "sparse_categorical_crossentropy")
             run.fit(x, y, batch_size=BATCH, verbose=0)
-        for _ in range(ROUNDS):
-            for run, twin in runs.items():
-                begun = time.perf_counter()
-                twin.fit(x, y, batch_size=BATCH, verbose=0)
-                times[run].append((time.perf_counter() - begun) / STEPS * 1000)
-        plain = float(np.median(times["plain"]))
+        with peer(options.tfmot, name) as tfmot:
+            pairs = []
+            for _ in range(ROUNDS):
+                for run, twin in runs.items():
+                    begun = time.perf_counter()
+                    twin.fit(x, y, batch_size=BATCH, verbose=0)
+                    times[run].append((time.perf_counter() - begun) / STEPS * 1000)
+                pairs += [tfmot()] if tfmot is not None else []
+        plain = min(times["plain"])  # what else the machine does only adds
         print(f"{name}, {model.count_params():,} parameters: a plain step takes {plain:.2f} ms")
         for run, taken in times.items():
-            print(f"  {run:32} {np.median(taken) / plain:.2f}x the plain step")
+            best, median = min(taken), np.median(taken)
+            print(f"  {run:34} {best / plain:.2f}x the plain step, {best:.2f} ms (median {median:.2f})")
+        if pairs:
+            own, aware = np.min(pairs, axis=0)
+            print(f"  {'TFMOT, int8 in training':34} {aware / own:.2f}x its plain step of {own:.2f} ms, {aware:.2f} ms")
 
 
 if __name__ == "__main__":

@@ -297,7 +297,8 @@ class Builder:
         return {"rounding": _ROUNDING.get(operation.name, "even")}
 
     def _layer_of(self, operation: Operation) -> str:
-        return next(name for name, number in self._operations.items() if number == operation.index)
+        """Return the name of the layer that has the weights of an operator."""
+        return next(link.layer for link in self.links if self._operations[link.layer] == operation.index)
 
     def _round(self, value: Any, grid: Grid | None, tensor: Tensor, **options: Any) -> Any:
         if grid is None:

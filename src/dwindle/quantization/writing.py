@@ -350,6 +350,8 @@ def read_grids(float_content: bytes, quantized_content: bytes) -> Grids:
                         bits=constant.bits, per_channel=per_channel, block=constant.block,
                         asymmetric=before.name not in SYMMETRIC,
                     )  # fmt: skip
+                    if before.name not in SYMMETRIC:
+                        grids.operands[before.index, position] = _grid(constant)
                     if constant is tensor and position == 1 and after.outputs[0].dtype == np.float32:
                         grids.dynamic.add(before.index)
                 continue
