@@ -19,6 +19,7 @@ from dwindle.errors import DataError, DwindleError
 MET, BAD_INPUT, NOT_MET, INTERRUPTED = 0, 2, 3, 130
 SCHEME_NAMES = ("float32", "float16", "int8", "int8-dynamic", "int8-weights", "int16x8", "int4", "int4-dynamic",
                 "int2-dynamic", "pow2-8")  # fmt: skip
+FOLDER_SCHEMES = ("float32", "float16", "float8-e4m3", "float8-e5m2")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -114,11 +115,13 @@ def _data_options(sub: argparse.ArgumentParser, *, required: bool) -> None:
 
 
 def _add_convert(commands: Any) -> None:
-    sub = commands.add_parser("convert", help="write a model as a verified .tflite")
+    sub = commands.add_parser("convert", help="write a model as a verified .tflite or SavedModel folder")
     sub.set_defaults(run=_convert)
     sub.add_argument("model", metavar="MODEL", help=".keras, .h5, .tflite or a SavedModel folder")
-    sub.add_argument("out", metavar="OUT", help="the .tflite (or .keras) to write")
-    sub.add_argument("--scheme", help=f"{', '.join(SCHEME_NAMES)} (default float32)")
+    sub.add_argument("out", metavar="OUT", help="the .tflite, .keras or SavedModel folder (no suffix) to write")
+    sub.add_argument(
+        "--scheme", help=f"{', '.join(SCHEME_NAMES)} (default float32); in a folder {', '.join(FOLDER_SCHEMES)}"
+    )
     sub.add_argument(
         "--layer", metavar="PATTERN=SCHEME", action="append", default=[],
         help="another scheme for the layers or operators that match, such as 'conv_3=int16x8'; repeatable",
@@ -265,13 +268,14 @@ def _show(result: Any, options: argparse.Namespace) -> int:
 
 def _convert(options: argparse.Namespace) -> int:
     from dwindle.errors import ConfigError
-    from dwindle.files import check_output_file, save_keras
+    from dwindle.files import check_output_file, check_output_folder, names_folder, save_keras
 
-    out = check_output_file(options.out, suffixes=(".tflite", ".keras"))
+    folder = names_folder(options.out)
+    out = check_output_folder(options.out) if folder else check_output_file(options.out, suffixes=(".tflite", ".keras"))
     if out.exists() and not options.force:
-        raise ConfigError(f"`{out}` exists; write over it with --force, or name another file")
+        raise ConfigError(f"`{out}` exists; write over it with --force, or name another")
     factor = _factor(options.rescale)
-    scheme = _scheme(options)
+    scheme = _scheme(options, folder=folder)
     from dwindle.loading import load
 
     _start_keras()
@@ -287,17 +291,23 @@ def _convert(options: argparse.Namespace) -> int:
     refined = {"clipping": options.clipping, "rounding": options.rounding, "equalize": options.equalize,
                "correct_bias": options.correct_bias, "budget": options.budget}  # fmt: skip
     if refined != {"clipping": "none", "rounding": "nearest", "equalize": False, "correct_bias": False, "budget": None}:
+        if folder:
+            raise ConfigError("--clipping, --rounding, --equalize, --correct-bias and --budget are for integers, and a "
+                              "SavedModel folder holds floats; name a .tflite")  # fmt: skip
         from dwindle.quantization import quantize
 
         model = quantize(
             model, scheme or "float32", data, calibration=options.calibration, progress=_progress("steps"), **refined
         )
         scheme = None
-    artefact = export(model, out, scheme=scheme, data=data, io_type=options.io_type, calibration=options.calibration)
+    artefact = export(
+        model, options.out, scheme=scheme, data=data, io_type=options.io_type, calibration=options.calibration
+    )
     found = artefact.verification
     if options.json:
         told = {"file": str(artefact.path), "scheme": artefact.scheme, "size_bytes": artefact.size_bytes,
-                "sha256": artefact.sha256, "verification": found.to_dict(), "notes": artefact.notes}  # fmt: skip
+                "sha256": artefact.sha256, "verification": found.to_dict(), "notes": artefact.notes,
+                "float_error": artefact.float_error}  # fmt: skip
         print(json.dumps(told, indent=2))
         return MET
     print(f"{artefact.path}: {artefact.size_bytes:,} bytes, {artefact.scheme}")
@@ -305,19 +315,29 @@ def _convert(options: argparse.Namespace) -> int:
         f"verified on {found.samples} samples against {found.reference}: {found.within:.2%} within the bound "
         f"({found.bound}), largest difference {found.max_abs_error:.3g}"
     )
+    if artefact.float_error is not None:
+        print(f"largest difference from the model before rounding: {artefact.float_error:.3g}")
     for note in artefact.notes:
         print(f"note: {note}")
     return MET
 
 
-def _scheme(options: argparse.Namespace) -> Any:
+def _scheme(options: argparse.Namespace, *, folder: bool) -> Any:
     """Return the scheme that the options stand for, checked before a framework is imported."""
     from dwindle.errors import ConfigError, check_choice
     from dwindle.quantization.schemes import IO_TYPES, resolve_scheme
 
+    def check(name: str, argument: str) -> None:
+        if not folder:
+            resolve_scheme(name, argument)
+        elif name in SCHEME_NAMES and name not in FOLDER_SCHEMES:
+            raise ConfigError(f"`{argument}` is {name!r}, and a SavedModel folder holds floats; name a .tflite as OUT")
+        else:
+            check_choice(argument, name, FOLDER_SCHEMES)
+
     check_choice("--io-type", options.io_type, IO_TYPES)
     if options.scheme is not None:
-        resolve_scheme(options.scheme, "--scheme")
+        check(options.scheme, "--scheme")
     if not options.layer:
         return options.scheme
     mapping = {"*": options.scheme or "float32"}
@@ -325,7 +345,7 @@ def _scheme(options: argparse.Namespace) -> Any:
         pattern, separator, name = given.rpartition("=")
         if not separator or not pattern:
             raise ConfigError(f"`--layer` is {given!r}; it must be PATTERN=SCHEME, such as conv_3=int16x8")
-        resolve_scheme(name, "--layer")
+        check(name, "--layer")
         mapping[pattern] = name
     return mapping
 

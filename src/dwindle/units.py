@@ -1,4 +1,4 @@
-"""Sizes as users write them."""
+"""Sizes and losses as users write them."""
 
 from __future__ import annotations
 
@@ -25,6 +25,24 @@ def parse_size(value: str | float, name: str = "max_size") -> int:
     if not value > 0 or value == float("inf"):
         raise ConfigError(f"`{name}` is {value!r}; it must be a size above 0 bytes, such as 45KB")
     return int(value)
+
+
+def parse_drop(value: str | float, name: str = "max_drop") -> float:
+    """Return a loss as a fraction from ``0.005`` or ``"0.5%"``.
+
+    Raises:
+        ConfigError: If it does not lie in [0, 1).
+    """
+    given = value
+    if isinstance(value, str):
+        text = value.strip()
+        number = number_in(text.removesuffix("%"))
+        if number is None:
+            raise ConfigError(f"`{name}` is {given!r}; it must be a drop such as 0.5% or 0.005")
+        value = number / 100 if text.endswith("%") else number
+    if not 0 <= value < 1:
+        raise ConfigError(f"`{name}` is {given!r}; it must be at least 0 and below 100%, such as 0.5% (or 0.005)")
+    return float(value)
 
 
 def number_in(text: str) -> float | None:

@@ -8,25 +8,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from dwindle.errors import ConfigError, did_you_mean
-from dwindle.units import number_in, parse_size
-
-
-def parse_drop(value: str | float, name: str = "max_drop") -> float:
-    """Return a fraction from ``0.005`` or ``"0.5%"``.
-
-    Raises:
-        ConfigError: If it does not lie in [0, 1).
-    """
-    given = value
-    if isinstance(value, str):
-        text = value.strip()
-        number = number_in(text.removesuffix("%"))
-        if number is None:
-            raise ConfigError(f"`{name}` is {given!r}; it must be a drop such as 0.5% or 0.005")
-        value = number / 100 if text.endswith("%") else number
-    if not 0 <= value < 1:
-        raise ConfigError(f"`{name}` is {given!r}; it must be at least 0 and below 100%, such as 0.5% (or 0.005)")
-    return float(value)
+from dwindle.units import number_in, parse_drop, parse_size
 
 
 def parse_latency(value: str | float, name: str = "max_latency") -> tuple[float | None, float | None]:

@@ -1,4 +1,4 @@
-"""Export: a Keras model becomes a file that a device runs, and the file is proved to predict the same."""
+"""Export: a Keras model becomes a file or folder that a device runs, proved to predict the same."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from dwindle.attaching import full_precision
 from dwindle.errors import ConfigError, check_choice
 from dwindle.exporting.convert import float_file, random_input
 from dwindle.exporting.verify import BOUNDS, Bound, Verification, compare, require
-from dwindle.files import check_output_file, write_bytes
+from dwindle.files import check_output_file, check_output_folder, names_folder, sha256_of, size_of, write_bytes
 from dwindle.lifting.flatbuffer import Graph, Tensor, read_graph
 from dwindle.quantization import (
     IO_TYPES,
@@ -48,6 +48,8 @@ class Artefact:
         sha256: Its hash, hexadecimal.
         verification: How it was compared with the model, and what was found.
         notes: What the user should know, such as operators that stay float.
+        float_error: Largest difference of an output of a SavedModel from the model before its weights were rounded;
+            None for a ``.tflite``, whose outputs `dwindle.measure` judges.
     """
 
     path: Path
@@ -56,6 +58,7 @@ class Artefact:
     sha256: str
     verification: Verification
     notes: tuple[str, ...] = ()
+    float_error: float | None = None
 
 
 def export(
@@ -68,18 +71,27 @@ def export(
     calibration: str = "min-max",
     verify_samples: int = 512,
 ) -> Artefact:
-    """Write a model as a ``.tflite`` file, run the file, and compare it with the model.
+    """Write a model as a ``.tflite`` file or a SavedModel folder, run it, and compare it with the model.
+
+    A path without a suffix (or with ``.savedmodel``, or a slash at the end) is a SavedModel folder, which TensorFlow
+    runs. It holds floats only: kernels are stored as ``"float32"``, ``"float16"``, or in 8 bits as ``"float8-e4m3"`` or
+    ``"float8-e5m2"`` (see `dwindle.exporting.saved_model.rounded`), and raised to float32 when it runs. It is compared
+    with the model that has the rounded weights; ``float_error`` says how far it is from the model that came in. LiteRT
+    has no float8.
 
     Bounds: float32, every output within 1e-4 of the largest output; float16, within 1e-2; 8-bit activations, 99% of
     outputs within one output quantum of the simulation (the same rounding in Keras); 16-bit activations, within 32
-    quanta of 16 bits (an eighth of one of 8 bits); the others, 99% within 1e-2 of the simulation's largest output.
+    quanta of 16 bits (an eighth of one of 8 bits); the others, 99% within 1e-2 of the simulation's largest output. A
+    SavedModel: every output within 1e-5 of the largest output.
 
     Args:
         model: Any built Keras model; techniques are baked in. A model from `quantize` is written with its trained
             weights and ranges.
-        path: Where to write; ends in ``.tflite``. An existing file is replaced once the new one is verified.
+        path: Where to write: a file that ends in ``.tflite``, or a SavedModel folder. What is there is replaced once
+            the new one is verified; a folder that holds anything but a SavedModel is refused.
         scheme: A name, a `Scheme`, or a mapping from layer or operator patterns to schemes; see
-            `dwindle.quantization.resolve_scheme`. None: what `quantize` was called with, else ``"float32"``.
+            `dwindle.quantization.resolve_scheme`; for a SavedModel a name, or a mapping from layer patterns to names.
+            None: what `quantize` was called with, else ``"float32"``.
         data: Samples for calibration (integer activations) and verification: array, list of arrays, `Data`, or what
             `dwindle.data.read_data` reads. Without it, verification runs on seeded random inputs.
         io_type: What a file with integer activations takes and gives: ``"float32"``, ``"int8"``, ``"uint8"``, or
@@ -91,21 +103,22 @@ def export(
         The verified file.
 
     Raises:
-        ConfigError: For an unknown scheme or a path that is no ``.tflite``.
+        ConfigError: For an unknown scheme, one that this kind of file can't hold, or a path of another kind.
         DataError: If the scheme needs data and there is none, or it does not fit.
         ConversionError: If the model can't be converted, or the file not be written.
         VerificationError: If the file misses the bound; nothing is written.
     """
-    path = check_output_file(path, suffixes=(".tflite",))
     check_choice("io_type", io_type, IO_TYPES)
     check_choice("calibration", calibration, METHODS)
+    if names_folder(path):
+        if io_type != "float32":
+            raise ConfigError(f"`io_type` is {io_type!r}, but a SavedModel has float inputs; leave it out")
+        return _export_folder(model, check_output_folder(path), scheme, data, verify_samples)
+    path = check_output_file(path, suffixes=(".tflite",))
     trained = getattr(model, "quantization", None)
     chosen = _chosen_scheme(scheme, trained)
     _check_io_type(io_type, chosen)
-    notes: list[str] = list(getattr(model, "notes", ()))
-    if isinstance(model, keras.Model) and (raised := full_precision(model)) is not model:
-        model = raised
-        notes.append("the model computes in lower precision; the file and what it is compared with in float32")
+    model, notes = _in_float32(model)
     content = float_file(model)
     if not trained:
         notes += widened(read_graph(content), chosen)
@@ -136,6 +149,26 @@ def export(
         path=path, scheme=chosen.name, size_bytes=len(written), sha256=hashlib.sha256(written).hexdigest(),
         verification=verification, notes=tuple(notes),
     )  # fmt: skip
+
+
+def _export_folder(model: Any, path: Path, scheme: Any, data: Any, verify_samples: int) -> Artefact:
+    from dwindle.exporting.saved_model import scheme_name, write_saved_model
+
+    model, notes = _in_float32(model)
+    verification, error, more = write_saved_model(model, path, scheme, data, verify_samples=verify_samples)
+    return Artefact(
+        path=path, scheme=scheme_name(scheme), size_bytes=size_of(path), sha256=sha256_of(path),
+        verification=verification, notes=(*notes, *more), float_error=error,
+    )  # fmt: skip
+
+
+def _in_float32(model: Any) -> tuple[Any, list[str]]:
+    """Return the model, or its twin that computes in float32, and what the user should know about it."""
+    notes = list(getattr(model, "notes", ()))
+    if isinstance(model, keras.Model) and (raised := full_precision(model)) is not model:
+        notes.append("the model computes in lower precision; the file and what it is compared with in float32")
+        return raised, notes
+    return model, notes
 
 
 def _chosen_scheme(scheme: str | Scheme | Mapping[str, Any] | None, trained: dict[str, Any] | None) -> Scheme:

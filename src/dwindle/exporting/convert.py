@@ -8,14 +8,14 @@ import os
 import sys
 import tempfile
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import keras
 import numpy as np
 
-from dwindle.errors import ConfigError, ConversionError
+from dwindle.errors import ConfigError, ConversionError, UnsupportedModelError
 from dwindle.lifting.flatbuffer import named_as_layers, ordered, read_graph, resizable
 from dwindle.weights import is_graph
 
@@ -48,30 +48,52 @@ def _convert(model: keras.Model) -> bytes:
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     import tensorflow as tf
 
-    specs = [
-        tf.TensorSpec([1, *tensor.shape[1:]], keras.backend.standardize_dtype(tensor.dtype), name=_safe(tensor.name))
-        for tensor in _input_tensors(model)
-    ]
-    structure = getattr(model, "input", None) if is_graph(model) else None
-
-    def serve(*values: Any) -> Any:
-        if structure is None:
-            packed: Any = values[0] if len(values) == 1 else list(values)
-        else:
-            packed = keras.tree.pack_sequence_as(structure, list(values))
-        results = keras.tree.flatten(model(packed, training=False))
-        return {_output_name(model, number, len(results)): value for number, value in enumerate(results)}
-
     module = tf.Module()
-    module.serve = tf.function(serve, input_signature=specs, autograph=False)
+    module.serve = signature(tf, model, lambda packed: model(packed, training=False), batch=1)
     module.variables_kept = [variable.value for variable in model.variables]
-    with tempfile.TemporaryDirectory() as folder, _quiet(), _unrolled(model):
+    with tempfile.TemporaryDirectory() as folder, quiet(), _unrolled(model):
         try:
             tf.saved_model.save(module, folder, signatures={"serving_default": module.serve.get_concrete_function()})
-            content = ordered(_convert_folder(tf, folder), [spec.name for spec in specs])
+            content = ordered(_convert_folder(tf, folder), [spec.name for spec in input_specs(tf, model)])
         except Exception as error:
-            raise ConversionError(f"`{model.name}` can't be converted to LiteRT: {_reason(error)}") from error
+            raise ConversionError(f"`{model.name}` can't be converted to LiteRT: {reason(error)}") from error
     return named_as_layers(content, {model.name, *(layer.name for layer in model._flatten_layers())})
+
+
+def signature(tf: Any, model: keras.Model, compute: Callable[[Any], Any], *, batch: int | None = None) -> Any:
+    """Return a `tf.function` with the names and the order of the model's inputs and outputs.
+
+    Args:
+        tf: The TensorFlow module.
+        model: Whose inputs and outputs they are.
+        compute: Called with the inputs as the model takes them; returns its outputs.
+        batch: Size of the batch axis; None: the model's own, any size as a rule.
+    """
+
+    def serve(*values: Any) -> Any:
+        results = keras.tree.flatten(compute(packed(model, values)))
+        return {_output_name(model, number, len(results)): value for number, value in enumerate(results)}
+
+    return tf.function(serve, input_signature=input_specs(tf, model, batch=batch), autograph=False)
+
+
+def input_specs(tf: Any, model: keras.Model, *, batch: int | None = None) -> list[Any]:
+    """Return a named `tf.TensorSpec` for each input of the model; ``batch`` as in `signature`."""
+    return [
+        tf.TensorSpec(
+            [tensor.shape[0] if batch is None else batch, *tensor.shape[1:]],
+            keras.backend.standardize_dtype(tensor.dtype), name=_safe(tensor.name),
+        )
+        for tensor in input_tensors(model)
+    ]  # fmt: skip
+
+
+def packed(model: keras.Model, values: Sequence[Any]) -> Any:
+    """Return values, one per input, in the structure that calling the model takes."""
+    structure = getattr(model, "input", None) if is_graph(model) else None
+    if structure is None:
+        return values[0] if len(values) == 1 else list(values)
+    return keras.tree.pack_sequence_as(structure, list(values))
 
 
 # A longer sequence stays a loop in the file, which is neither quantized nor trained.
@@ -103,34 +125,39 @@ def saved_model_file(folder: Path) -> bytes:
 
     Raises:
         ConversionError: If it has no such signature, or the converter fails.
+        UnsupportedModelError: If it has float8 weights.
     """
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
-    with _quiet():
+    with quiet():
         import tensorflow as tf
 
         try:
             loaded = tf.saved_model.load(str(folder))
-            signature = loaded.signatures.get("serving_default")
-            if signature is None:
+            serving = loaded.signatures.get("serving_default")
+            if serving is None:
                 raise ConversionError(
                     f"`{folder}` has no signature `serving_default` (it has {', '.join(loaded.signatures) or 'none'}); "
                     "export it with one"
                 )
-            given = signature.structured_input_signature[1]
+            if any("float8" in variable.dtype.name for variable in serving.variables):
+                raise UnsupportedModelError(
+                    f"`{folder}` has float8 weights, which LiteRT can't hold; load the model that it was exported from"
+                )
+            given = serving.structured_input_signature[1]
             # A batch of one makes shapes constant, where an open one would be computed by operators in the file.
             specs = [tf.TensorSpec([1, *spec.shape[1:]], spec.dtype, name=name) for name, spec in given.items()]
             module = tf.Module()
             module.loaded = loaded
             module.serve = tf.function(
-                lambda *values: signature(**dict(zip(given, values, strict=True))), input_signature=specs
+                lambda *values: serving(**dict(zip(given, values, strict=True))), input_signature=specs
             )
             with tempfile.TemporaryDirectory() as fixed:
                 tf.saved_model.save(module, fixed, signatures={"serving_default": module.serve.get_concrete_function()})
                 content = ordered(_convert_folder(tf, fixed), list(given))
-        except ConversionError:
+        except (ConversionError, UnsupportedModelError):
             raise
         except Exception as error:
-            raise ConversionError(f"`{folder}` can't be converted to LiteRT: {_reason(error)}") from error
+            raise ConversionError(f"`{folder}` can't be converted to LiteRT: {reason(error)}") from error
     freed = resizable(content)
     return freed if _same_in_batches(content, freed) else content
 
@@ -148,7 +175,12 @@ def _output_name(model: keras.Model, number: int, count: int) -> str:
     return name if count == 1 else f"output_{number:02d}_{name}"
 
 
-def _input_tensors(model: keras.Model) -> list[Any]:
+def input_tensors(model: keras.Model) -> list[Any]:
+    """Return a named shape and dtype for each input, also of a subclassed model that was called.
+
+    Raises:
+        ConversionError: If they are not known.
+    """
     inputs = getattr(model, "inputs", None)
     if inputs:
         return list(inputs)
@@ -170,7 +202,7 @@ def _safe(name: str) -> str:
     return "".join(letter if letter.isalnum() or letter == "_" else "_" for letter in name)
 
 
-def _reason(error: Exception) -> str:
+def reason(error: Exception) -> str:
     """Return the line of a converter's message that says what is wrong."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     telling = [line for line in lines if "error:" in line or "Flex" in line or "Select" in line]
@@ -178,7 +210,7 @@ def _reason(error: Exception) -> str:
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Send what the C++ converter prints to a file that is thrown away."""
     sys.stderr.flush()
     sys.stdout.flush()

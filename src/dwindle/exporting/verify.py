@@ -40,6 +40,7 @@ class Bound:
 # travel on. 16-bit kernels interpolate softmax, tanh and roots in tables, and multiply with factors of 15 bits.
 BOUNDS = {
     "float32": Bound(tolerance=1e-4, unit="largest output", share=1.0),
+    "saved-model": Bound(tolerance=1e-5, unit="largest output", share=1.0),
     "float16": Bound(tolerance=1e-2, unit="largest output", share=1.0),
     "dynamic": Bound(tolerance=1e-2, unit="largest output", share=0.99),
     "static": Bound(tolerance=1.0, unit="quantum", share=0.99),

@@ -279,13 +279,7 @@ class Builder:
             count = np.prod([t.shape for t in operation.inputs[:1] if t is not None]) / np.prod(
                 operation.outputs[0].shape
             )
-            axes = operation.inputs[1]
-            over_space = axes is not None and axes.value is not None and sorted(np.ravel(axes.value)) == [1, 2]
-            return {
-                "rounding": "even" if over_space else "up",
-                "snap": 1,
-                "source": ("", operands[0].scale / count, grid.scale),
-            }
+            return {"snap": 1, "source": ("", operands[0].scale / count, grid.scale)}
         if operands[1] is not None and operation.name in ("MUL", "BATCH_MATMUL"):
             moving = [
                 operand.scale

@@ -10,7 +10,7 @@ from dataclasses import replace
 
 from dwindle.errors import ConfigError, did_you_mean
 from dwindle.lifting.flatbuffer import Graph, Operation, layer_name, short_name
-from dwindle.quantization.schemes import SCHEMES, Scheme
+from dwindle.quantization.schemes import SCHEMES, Scheme, without_layers
 
 # The quantizer's names where they differ from the file format's.
 QUANTIZER_NAMES = {"TRANSPOSE_CONV": "CONV_2D_TRANSPOSE"}
@@ -30,13 +30,25 @@ def names_of(operation: Operation) -> tuple[str, ...]:
 
 def display_names(graph: Graph) -> list[str]:
     """Return one readable name for each operator, unique: the layer's where there is one, else the tensor's."""
+    layers = [layer_name(operation) for operation in graph.operations]
     found: list[str] = []
-    counts: dict[str, int] = {}
-    for operation in graph.operations:
-        name = layer_name(operation)
-        counts[name] = counts.get(name, 0) + 1
-        found.append(name if counts[name] == 1 else f"{name}_{counts[name] - 1}")
+    taken: set[str] = set()
+    for name in layers:
+        count, shown = 0, name
+        while shown in taken or (count and shown in layers):  # a number must not make it another layer's name
+            count += 1
+            shown = f"{name}_{count}"
+        taken.add(shown)
+        found.append(shown)
     return found
+
+
+def pattern_of(graph: Graph, number: int) -> str:
+    """Return a pattern for a scheme's layers that matches only this operator: its layer's name where that is enough."""
+    shown = display_names(graph)
+    every = [(*names_of(operation), name) for operation, name in zip(graph.operations, shown, strict=True)]
+    matching = [i for i, names in enumerate(every) if _matches(shown[number], names)]
+    return shown[number] if matching == [number] else graph.operations[number].outputs[0].name
 
 
 def has_weights(operation: Operation) -> bool:
@@ -98,10 +110,16 @@ def assign(graph: Graph, scheme: Scheme) -> list[Scheme]:
     Raises:
         ConfigError: If a pattern matches nothing, or names an operator that can't have the width.
     """
+    asked = _asked(graph, scheme)
+    return [fitted(each, operation) for each, operation in zip(asked, graph.operations, strict=True)]
+
+
+def _asked(graph: Graph, scheme: Scheme) -> list[Scheme]:
+    """Return what the user asks for in each operator, whether LiteRT has it or not."""
     every = [
         (names_of(operation), name) for operation, name in zip(graph.operations, display_names(graph), strict=True)
     ]
-    chosen = [scheme] * len(every)
+    chosen = [without_layers(scheme)] * len(every)
     for pattern, inner in scheme.layers:
         hits = [i for i, (names, name) in enumerate(every) if _matches(pattern, (*names, name))]
         if not hits:
@@ -121,7 +139,7 @@ def assign(graph: Graph, scheme: Scheme) -> list[Scheme]:
             )
         for i in hits:
             chosen[i] = inner
-    return [fitted(each, operation) for each, operation in zip(chosen, graph.operations, strict=True)]
+    return chosen
 
 
 def _matches(pattern: str, names: Sequence[str]) -> bool:
@@ -129,10 +147,11 @@ def _matches(pattern: str, names: Sequence[str]) -> bool:
 
 
 def widened(graph: Graph, scheme: Scheme) -> list[str]:
-    """Say, one line a kind, which operators get wider weights than the scheme's, since LiteRT has no other."""
+    """Say, one line a kind, which operators get wider weights than was asked for, since LiteRT has no other."""
     found: dict[tuple[str, str], int] = {}
-    for operation, given in zip(graph.operations, assign(graph, scheme), strict=True):
-        if not scheme.layers and has_weights(operation) and given.weights != scheme.weights and given.weights < 32:
+    for operation, asked in zip(graph.operations, _asked(graph, scheme), strict=True):
+        given = fitted(asked, operation)
+        if has_weights(operation) and asked.weights < given.weights < 32:
             key = (operation.name, f"{given.weights}-bit")
             found[key] = found.get(key, 0) + 1
     return [f"{kind} has {bits} weights ({count}): LiteRT has no narrower" for (kind, bits), count in found.items()]

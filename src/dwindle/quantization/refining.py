@@ -11,16 +11,23 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from dwindle.lifting.flatbuffer import Graph, Operation, Tensor, read_graph, replace_constants
+from dwindle.lifting.flatbuffer import Graph, Operation, read_graph, replace_constants
+from dwindle.quantization.assignment import display_names, has_weights
 from dwindle.quantization.calibration import activations
+from dwindle.quantization.equalizing import KERNELS, groups_of, input_channels, weighted, with_own_biases
 from dwindle.quantization.fake_quantization import quantized_range
 from dwindle.quantization.schemes import Scheme
-from dwindle.quantization.writing import SYMMETRIC, channel_largest
+from dwindle.quantization.writing import SYMMETRIC, channel_largest, power_of_two
 
-_KERNELS = ("CONV_2D", "DEPTHWISE_CONV_2D", "FULLY_CONNECTED")
-# Second moments are held for kernels with at most this many inputs an output: 16 MB each.
+# Second moments are held for kernels with at most this many inputs an output: 32 MB each.
 LARGEST_KERNEL = 2048
 _ROWS = 4096
+_SMALLEST = np.float32(1e-9)
+# Inputs whose errors GPTQ spreads at once, as in its paper.
+_LAZY = 128
+# Weight of AdaRound's regularizer against errors in steps and inputs of mean square 1. The paper's 0.01 is for errors
+# in the weights' own unit, which are far smaller; with it, here, half of the choices are still open at the end.
+_PULL = 10.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,10 +46,10 @@ class InputStatistics:
 def as_rows(operation: Operation, kernel: np.ndarray) -> np.ndarray:
     """Return a kernel as ``(groups, outputs a group, inputs)``; the group is the channel of a depthwise kernel."""
     if operation.name == "DEPTHWISE_CONV_2D":
-        channels = _input_channels(operation)
+        channels = input_channels(operation)
         flat = kernel.reshape(-1, channels, kernel.shape[-1] // channels)
         return np.ascontiguousarray(flat.transpose(1, 2, 0))
-    groups = _groups(operation)
+    groups = groups_of(operation)
     return kernel.reshape(groups, kernel.shape[0] // groups, -1)
 
 
@@ -53,34 +60,12 @@ def from_rows(operation: Operation, rows: np.ndarray, shape: tuple[int, ...]) ->
     return np.ascontiguousarray(rows).reshape(shape)
 
 
-def _input_channels(operation: Operation) -> int:
-    given = operation.inputs[0]
-    return 1 if given is None else int(given.shape[-1])
-
-
-def _groups(operation: Operation) -> int:
-    kernel = operation.inputs[1]
-    if operation.name != "CONV_2D" or kernel is None:
-        return 1
-    return max(1, _input_channels(operation) // kernel.shape[-1])
-
-
-def weighted(graph: Graph) -> list[Operation]:
-    """Return the operators with a constant kernel whose inputs can be laid out as rows."""
-    found = []
-    for operation in graph.operations:
-        kernel = operation.inputs[1] if len(operation.inputs) > 1 else None
-        if operation.name in _KERNELS and kernel is not None and kernel.value is not None:
-            found.append(operation)
-    return found
-
-
 def input_statistics(
     content: bytes, samples: Sequence[np.ndarray], *, moments: bool = True, seed: int = 0
 ) -> dict[int, InputStatistics]:
     """Run a float file over samples and return, by operator number, what enters its kernel.
 
-    Of each batch at most 4,096 positions of an image are taken, at random.
+    Memory does not grow with the number of samples. Of the positions of each batch at most 4,096 are taken, at random.
 
     Args:
         content: The float file.
@@ -100,15 +85,12 @@ def input_statistics(
     counts: dict[int, int] = {}
     for _, value, tensor in activations(content, samples, names=set(readers)):
         for operation in readers[tensor.name]:
-            rows = _patches(operation, value)
-            if rows.shape[1] > _ROWS:
-                rows = rows[:, generator.choice(rows.shape[1], _ROWS, replace=False)]
-            rows = rows.astype(np.float64)
+            rows = _patches(operation, value, generator).astype(np.float64)
             number = operation.index
             sums[number] = sums.get(number, 0.0) + rows.sum(axis=1)
             counts[number] = counts.get(number, 0) + rows.shape[1]
             if moments and rows.shape[2] <= LARGEST_KERNEL:
-                products[number] = products.get(number, 0.0) + np.einsum("gnd,gne->gde", rows, rows, optimize=True)
+                products[number] = products.get(number, 0.0) + rows.transpose(0, 2, 1) @ rows
     return {
         number: InputStatistics(
             mean=total / counts[number],
@@ -118,13 +100,17 @@ def input_statistics(
     }
 
 
-def _patches(operation: Operation, value: np.ndarray) -> np.ndarray:
-    """Return what a kernel is multiplied with, shape ``(groups, positions, inputs)``."""
+def _patches(operation: Operation, value: np.ndarray, generator: np.random.Generator | None = None) -> np.ndarray:
+    """Return what a kernel is multiplied with, shape ``(groups, positions, inputs)``.
+
+    With a generator at most 4,096 positions, chosen before they are laid out: all of a batch's may not fit in memory.
+    """
     kernel = operation.inputs[1]
     if kernel is None:
         raise ValueError("no kernel")
     if operation.name == "FULLY_CONNECTED":
-        return value.reshape(1, -1, kernel.shape[-1])
+        rows = value.reshape(-1, kernel.shape[-1])
+        return np.asarray(rows[_picked(len(rows), generator)][None])
     height, width = kernel.shape[1:3]
     options = operation.options
     strides = options["strideH"], options["strideW"]
@@ -138,19 +124,78 @@ def _patches(operation: Operation, value: np.ndarray) -> np.ndarray:
         value = np.pad(value, ((0, 0), *pads, (0, 0)))
     windows = np.lib.stride_tricks.sliding_window_view(value, spans, axis=(1, 2))
     windows = windows[:, :: strides[0], :: strides[1], :, :: dilation[0], :: dilation[1]]
-    # (n, h, w, c, kh, kw): per channel for depthwise kernels, else kh, kw, c as the file lays them out.
+    chosen = _picked(int(np.prod(windows.shape[:3])), generator)
+    windows = windows[np.unravel_index(chosen, windows.shape[:3])]
+    # (positions, c, kh, kw): per channel for depthwise kernels, else kh, kw, c as the file lays them out.
     channels = value.shape[-1]
     if operation.name == "DEPTHWISE_CONV_2D":
-        return windows.transpose(3, 0, 1, 2, 4, 5).reshape(channels, -1, height * width)
-    groups = _groups(operation)
-    parts = windows.transpose(0, 1, 2, 4, 5, 3).reshape(-1, height * width, groups, channels // groups)
+        return windows.transpose(1, 0, 2, 3).reshape(channels, -1, height * width)
+    groups = groups_of(operation)
+    parts = windows.transpose(0, 2, 3, 1).reshape(-1, height * width, groups, channels // groups)
     return parts.transpose(2, 0, 1, 3).reshape(groups, -1, height * width * (channels // groups))
+
+
+def _picked(count: int, generator: np.random.Generator | None) -> np.ndarray:
+    if generator is None or count <= _ROWS:
+        return np.arange(count)
+    return generator.choice(count, _ROWS, replace=False)
+
+
+def grid_bound(operation: Operation, kernel: np.ndarray, choice: Scheme, given: np.ndarray | None) -> np.ndarray:
+    """Return the largest magnitude of each channel's grid, axes kept, as the quantized file will have it.
+
+    Args:
+        operation: The operator.
+        kernel: Its kernel.
+        choice: Its scheme.
+        given: A bound that was chosen before, or None: the largest weights.
+    """
+    bound = given
+    if bound is None:
+        bound = channel_largest(operation, kernel, per_channel=choice.granularity == "channel")
+    if choice.power_of_two:
+        bound = power_of_two(bound, quantized_range(choice.weights)[1])
+    return np.asarray(bound, np.float32)
+
+
+def kernel_grid(choice: Scheme, bound: np.ndarray) -> tuple[np.ndarray, int, int]:
+    """Return the step of each channel, and the smallest and largest integer, of a kernel's grid."""
+    low, high = quantized_range(choice.weights, narrow=choice.weights >= 8)
+    return np.maximum(bound, _SMALLEST) / np.float32(high), low, high
+
+
+def not_refined(graph: Graph, choices: Sequence[Scheme], *, rounding: str, clipping: str) -> list[str]:
+    """Say, one line an operator, which kernels a rounding or clipping method leaves as they are, and why.
+
+    Args:
+        graph: The float file's.
+        choices: Each operator's scheme.
+        rounding: A key of `ROUNDINGS`.
+        clipping: ``"none"`` or ``"mse"``.
+    """
+    methods = [name for name in (rounding, clipping) if name not in ("nearest", "none")]
+    lines = []
+    for operation, choice, name in zip(graph.operations, choices, display_names(graph), strict=True):
+        if not methods or choice.weights > 8 or not has_weights(operation) or operation.name not in SYMMETRIC:
+            continue
+        kernel = operation.inputs[1]
+        inputs = 0 if kernel is None else as_rows(operation, np.empty(kernel.shape, np.bool_)).shape[-1]
+        if not isinstance(choice.granularity, str):
+            lines.append(f"`{name}` is without {' and '.join(methods)}: it has blocks of {choice.granularity} inputs")
+        elif rounding != "nearest" and operation.name not in KERNELS:
+            lines.append(f"`{name}` is without {rounding}: it is a {operation.name}")
+        elif rounding != "nearest" and inputs > LARGEST_KERNEL:
+            lines.append(
+                f"`{name}` is without {rounding}: it has {inputs:,} inputs an output, more than {LARGEST_KERNEL:,}"
+            )
+    return lines
 
 
 def clipped_bounds(graph: Graph, choices: Sequence[Scheme]) -> dict[str, np.ndarray]:
     """Return, for each quantized kernel, the bound per channel whose grid has the least squared error.
 
-    Candidates are 30% to 100% of the largest weight, in steps of 1%.
+    Candidates are 30% to 100% of the largest weight, in steps of 1%; on steps that are powers of two, the finest that
+    clips nothing, its half and its quarter. Kernels with blocks are left out.
     """
     found = {}
     for operation, choice in zip(graph.operations, choices, strict=True):
@@ -160,16 +205,17 @@ def clipped_bounds(graph: Graph, choices: Sequence[Scheme]) -> dict[str, np.ndar
         if not isinstance(choice.granularity, str):
             continue
         weight = kernel.value.astype(np.float64)
-        largest = channel_largest(operation, weight, per_channel=choice.granularity == "channel")
-        low, high = quantized_range(choice.weights, narrow=choice.weights >= 8)
+        largest = grid_bound(operation, kernel.value, choice, None)
+        shares = (1.0, 0.5, 0.25) if choice.power_of_two else np.linspace(1.0, 0.3, 71)
         axes = tuple(axis for axis in range(weight.ndim) if largest.shape[axis] == 1)
-        best, bound = np.full(largest.shape, np.inf), largest.copy()
-        for share in np.linspace(0.3, 1.0, 71):
-            scale = np.maximum(largest * share, 1e-9) / high
+        best, bound = np.full(largest.shape, np.inf), largest
+        for share in shares:
+            candidate = (largest * share).astype(np.float32)
+            scale, low, high = kernel_grid(choice, candidate)
             error = ((np.clip(np.rint(weight / scale), low, high) * scale - weight) ** 2).sum(axis=axes, keepdims=True)
             better = error < best
-            best, bound = np.where(better, error, best), np.where(better, largest * share, bound)
-        found[kernel.name] = bound.astype(np.float32)
+            best, bound = np.where(better, error, best), np.where(better, candidate, bound)
+        found[kernel.name] = bound
     return found
 
 
@@ -187,38 +233,60 @@ def gptq(rows: np.ndarray, scale: np.ndarray, low: int, high: int, moment: np.nd
         Integers, of the kernel's shape.
 
     References:
-        Frantar et al. 2023, arXiv 2210.17323.
+        Frantar et al. 2023, arXiv 2210.17323, algorithm 1; with its 1% dampening, of the mean over inputs that are not
+        always 0, and its lazy updates. We differ: an output is rounded to nearest where that has the smaller error.
     """
     weight = rows.astype(np.float64).copy()
     hessian = moment.astype(np.float64).copy()
     diagonal = np.einsum("ii->i", hessian)
-    diagonal[diagonal == 0] = 1.0
-    diagonal += 0.01 * diagonal.mean()
+    live = diagonal > 0
+    typical = float(diagonal[live].mean()) if live.any() else 1.0
+    diagonal[~live] = typical  # an input that is always 0 does not matter, and must not matter to the others
+    diagonal += 0.01 * typical
     upper = np.linalg.cholesky(np.linalg.inv(hessian)).T
     found = np.zeros_like(weight)
-    for column in range(weight.shape[1]):
-        found[:, column] = np.clip(np.rint(weight[:, column] / scale[:, 0]), low, high)
-        error = (weight[:, column] - found[:, column] * scale[:, 0]) / upper[column, column]
-        weight[:, column + 1 :] -= np.outer(error, upper[column, column + 1 :])
-    return found
+    count = weight.shape[1]
+    for start in range(0, count, _LAZY):
+        end = min(start + _LAZY, count)
+        errors = np.zeros((len(weight), end - start))
+        for column in range(start, end):
+            found[:, column] = np.clip(np.rint(weight[:, column] / scale[:, 0]), low, high)
+            error = (weight[:, column] - found[:, column] * scale[:, 0]) / upper[column, column]
+            weight[:, column + 1 : end] -= np.outer(error, upper[column, column + 1 : end])
+            errors[:, column - start] = error
+        weight[:, end:] -= errors @ upper[start:end, end:]
+    return _or_nearest(found, rows.astype(np.float64) / scale, low, high, moment)
+
+
+def _or_nearest(found: np.ndarray, exact: np.ndarray, low: int, high: int, moment: np.ndarray) -> np.ndarray:
+    """Return integers, those of outputs that nearest rounding serves better rounded to nearest."""
+    nearest = np.clip(np.rint(exact), low, high)
+
+    def error(chosen: np.ndarray) -> np.ndarray:
+        apart = chosen - exact
+        return np.asarray(((apart @ moment) * apart).sum(axis=1))
+
+    return np.where((error(found) > error(nearest))[:, None], nearest, found)
 
 
 def adaround(rows: np.ndarray, scale: np.ndarray, low: int, high: int, moment: np.ndarray) -> np.ndarray:
-    """Learn for each weight whether it is rounded up or down, so that the layer's output changes least.
+    """Learn for each weight whether it is rounded up or down, so that the layer's output changes little.
 
     The output's mean squared error is ``dW M dW^T`` for the inputs' second moment ``M``, so no sample is needed twice.
     Arguments and result as in `gptq`.
 
     References:
-        Nagel et al. 2020, arXiv 2004.10568.
+        Nagel et al. 2020, arXiv 2004.10568, section 3.2: rectified sigmoid, regularizer and annealing as there. We
+        differ: inputs are the float file's and the activation function is left out, which is what makes ``M`` all that
+        is needed; 800 steps of Adam over all samples at once; an output is rounded to nearest where that has the
+        smaller error.
     """
     steps = 800
     weight = rows.astype(np.float64) / scale
     floor = np.clip(np.floor(weight), low, high)
     rest = np.clip(weight - floor, 0.01, 0.99)
     value = -np.log(1.2 / (rest + 0.1) - 1.0)
-    size = max(float(np.einsum("ii->", moment)) / len(moment), 1e-12)
-    relative = moment / size
+    relative = moment / (float(np.trace(moment)) / len(moment) or 1.0)
     first, second = np.zeros_like(value), np.zeros_like(value)
     for step in range(1, steps + 1):
         gate = 1.0 / (1.0 + np.exp(-value))
@@ -228,21 +296,12 @@ def adaround(rows: np.ndarray, scale: np.ndarray, low: int, high: int, moment: n
         if step > steps // 5:  # the first fifth is without the pull towards 0 and 1
             beta = 20.0 - 18.0 * (step - steps // 5) / (steps - steps // 5)
             away = np.abs(2.0 * soft - 1.0)
-            gradient += 0.01 * -beta * 2.0 * np.sign(2.0 * soft - 1.0) * away ** (beta - 1.0)
+            gradient += _PULL * -beta * 2.0 * np.sign(2.0 * soft - 1.0) * away ** (beta - 1.0)
         gradient *= slope
         first = 0.9 * first + 0.1 * gradient
         second = 0.999 * second + 0.001 * gradient**2
         value -= 0.02 * (first / (1 - 0.9**step)) / (np.sqrt(second / (1 - 0.999**step)) + 1e-12)
-    found: np.ndarray = np.clip(floor + (value >= 0), low, high)
-    nearest = np.clip(np.rint(weight), low, high)
-
-    def error(chosen: np.ndarray) -> np.ndarray:
-        apart = chosen - weight
-        return np.asarray(((apart @ moment) * apart).sum(axis=1))
-
-    worse = error(found) > error(nearest)  # learning may end where an output was better off before
-    found[worse] = nearest[worse]
-    return found
+    return _or_nearest(np.clip(floor + (value >= 0), low, high), weight, low, high, moment)
 
 
 Rounding = Callable[[np.ndarray, np.ndarray, int, int, np.ndarray], np.ndarray]
@@ -266,40 +325,37 @@ def round_weights(
         statistics: What `input_statistics` returned.
         method: One of `ROUNDINGS`.
     """
-    graph = read_graph(content)
     values: dict[str, np.ndarray] = {}
     found = dict(bounds)
-    for operation in weighted(graph):
-        choice, known = choices[operation.index], statistics.get(operation.index)
-        kernel = operation.inputs[1]
-        if choice.weights > 8 or known is None or known.moment is None or kernel is None or kernel.value is None:
+    operations = weighted(read_graph(content))
+    for operation in operations:
+        choice, kernel = choices[operation.index], operation.inputs[1]
+        if choice.weights > 8 or kernel is None or kernel.value is None or kernel.name in values:
             continue
-        if not isinstance(choice.granularity, str) or kernel.name in values:
-            continue
-        bound = found.get(kernel.name)
-        if bound is None:
-            bound = channel_largest(operation, kernel.value, per_channel=choice.granularity == "channel")
-        low, high = quantized_range(choice.weights, narrow=choice.weights >= 8)
-        scale = np.maximum(np.asarray(bound, np.float32), np.float32(1e-9)) / np.float32(high)
+        # A kernel that several operators read is rounded for what enters all of them.
+        moments = [
+            statistics[other.index].moment
+            for other in operations
+            if other.inputs[1] is not None and other.inputs[1].index == kernel.index and other.index in statistics
+        ]
+        known = [moment for moment in moments if moment is not None]
+        if not known or not isinstance(choice.granularity, str):
+            continue  # `not_refined` says so
+        bound = grid_bound(operation, kernel.value, choice, found.get(kernel.name))
+        scale, low, high = kernel_grid(choice, bound)
         rows = as_rows(operation, kernel.value)
         steps = as_rows(operation, np.broadcast_to(scale, kernel.shape))
-        integers = np.stack(
-            [method(w, s[:, :1], low, high, m) for w, s, m in zip(rows, steps, known.moment, strict=True)]
-        )
+        moment = np.mean(known, axis=0)
+        integers = np.stack([method(w, s[:, :1], low, high, m) for w, s, m in zip(rows, steps, moment, strict=True)])
         values[kernel.name] = from_rows(operation, integers * steps, kernel.shape).astype(np.float32)
-        found[kernel.name] = np.asarray(bound, np.float32)
+        found[kernel.name] = bound
     return replace_constants(content, values), found
 
 
-def rounded_kernel(operation: Operation, kernel: Tensor, choice: Scheme, bound: np.ndarray | None) -> np.ndarray:
+def rounded_kernel(operation: Operation, kernel: np.ndarray, choice: Scheme, given: np.ndarray | None) -> np.ndarray:
     """Return a kernel as the quantized file holds it, as floats."""
-    if kernel.value is None:
-        raise ValueError("no constant")
-    if bound is None:
-        bound = channel_largest(operation, kernel.value, per_channel=choice.granularity == "channel")
-    low, high = quantized_range(choice.weights, narrow=choice.weights >= 8)
-    scale = np.maximum(np.asarray(bound, np.float32), np.float32(1e-9)) / np.float32(high)
-    return np.asarray(np.clip(np.rint(kernel.value / scale), low, high) * scale)
+    scale, low, high = kernel_grid(choice, grid_bound(operation, kernel, choice, given))
+    return np.asarray(np.clip(np.rint(kernel / scale), low, high) * scale)
 
 
 def correct_biases(
@@ -311,123 +367,32 @@ def correct_biases(
 ) -> bytes:
     """Return the file with biases that take up the shift of each output's mean that rounding its kernel makes.
 
-    ``b' = b - (W_rounded - W) E[x]``
+    ``b' = b - (W_rounded - W) E[x]``; an operator without a bias gets one, and so does one whose bias is another's too.
+    Where one kernel is used several times, its bias takes up the mean of the shifts.
+
+    Args:
+        content: The file to change, its kernels perhaps moved by `round_weights`.
+        original: The float file before that, with the same operators.
+        choices: Each operator's scheme.
+        bounds: As for `round_weights`.
+        statistics: What `input_statistics` returned for ``original``.
 
     References:
-        Nagel et al. 2019, arXiv 1906.04721, section 4.2.
+        Nagel et al. 2019, arXiv 1906.04721, section 4.2, with E[x] measured on samples.
     """
-    before = {op.index: op for op in weighted(read_graph(original))}
+    content = with_own_biases(content, missing=True)
+    before = {op.index: op.inputs[1] for op in weighted(read_graph(original))}
+    shifts: dict[str, list[np.ndarray]] = {}
     values: dict[str, np.ndarray] = {}
     for operation in weighted(read_graph(content)):
-        kernel = operation.inputs[1]
-        bias = operation.inputs[2] if len(operation.inputs) > 2 else None
-        choice, known = choices[operation.index], statistics.get(operation.index)
-        if bias is None or bias.value is None or kernel is None or known is None or choice.weights > 8:
+        kernel, bias = operation.inputs[1], operation.inputs[2]
+        choice, known, source = choices[operation.index], statistics.get(operation.index), before[operation.index]
+        if kernel is None or kernel.value is None or source is None or source.value is None or known is None:
             continue
-        if not isinstance(choice.granularity, str) or bias.name in values:
+        if bias is None or bias.value is None or choice.weights > 8 or not isinstance(choice.granularity, str):
             continue
-        source = before[operation.index].inputs[1]
-        if source is None or source.value is None:
-            continue
-        apart = rounded_kernel(operation, kernel, choice, bounds.get(kernel.name)) - source.value
-        shift = np.einsum("goi,gi->go", as_rows(operation, apart.astype(np.float64)), known.mean).reshape(-1)
-        values[bias.name] = (bias.value - shift.reshape(bias.shape)).astype(np.float32)
+        apart = rounded_kernel(operation, kernel.value, choice, bounds.get(kernel.name)) - source.value
+        shift = np.einsum("goi,gi->go", as_rows(operation, apart.astype(np.float64)), known.mean).reshape(bias.shape)
+        shifts.setdefault(bias.name, []).append(shift)
+        values[bias.name] = (bias.value - np.mean(shifts[bias.name], axis=0)).astype(np.float32)
     return replace_constants(content, values)
-
-
-# Operators through which a channel's positive factor passes unchanged.
-_HOMOGENEOUS = {"MAX_POOL_2D", "AVERAGE_POOL_2D", "RELU", "LEAKY_RELU", "PRELU", "PAD"}
-
-
-def equalize(content: bytes) -> bytes:
-    """Return a file that computes the same, the ranges of consecutive kernels brought together channel by channel.
-
-    Channel ``i`` between two kernels is divided by ``s_i = sqrt(r1_i / r2_i)`` in the first and multiplied in the
-    second, for the largest weights ``r1_i``, ``r2_i`` that make and read it. Between them may be operators that
-    a positive factor passes, such as ReLU and pooling.
-
-    References:
-        Nagel et al. 2019, arXiv 1906.04721, section 4.1.
-    """
-    for _ in range(20):
-        graph = read_graph(content)
-        values: dict[str, np.ndarray] = {}
-        largest = 0.0
-        for first, second in _pairs(graph):
-            tensors = [t for op in (first, second) for t in op.inputs[1:3] if t is not None]
-            if any(t.name in values for t in tensors):
-                continue
-            factor = _factors(first, second)
-            largest = max(largest, float(np.abs(np.log(factor)).max()))
-            _scale(first, second, factor, values)
-        content = replace_constants(content, values)
-        if largest < 0.01:
-            break
-    return content
-
-
-def _pairs(graph: Graph) -> list[tuple[Operation, Operation]]:
-    """Return kernels that follow each other with nothing else reading what is between them."""
-    readers: dict[int, list[Operation]] = {}
-    for operation in graph.operations:
-        for tensor in operation.inputs:
-            if tensor is not None and tensor.value is None:
-                readers.setdefault(tensor.index, []).append(operation)
-    ends = {tensor.index for tensor in graph.outputs}
-    uses: dict[str, int] = {}
-    for operation in weighted(graph):
-        for tensor in operation.inputs[1:3]:
-            if tensor is not None:
-                uses[tensor.name] = uses.get(tensor.name, 0) + 1
-    found = []
-    for first in weighted(graph):
-        if first.options.get("fusedActivationFunction", 0) not in (0, 1) or _groups(first) > 1:
-            continue
-        tensor = first.outputs[0]
-        while True:
-            following = readers.get(tensor.index, [])
-            if len(following) != 1 or tensor.index in ends:
-                break
-            second = following[0]
-            if second.name in _HOMOGENEOUS and second.options.get("fusedActivationFunction", 0) in (0, 1):
-                tensor = second.outputs[0]
-                continue
-            shared = any(uses[t.name] > 1 for op in (first, second) if op.name in _KERNELS
-                         for t in op.inputs[1:3] if t is not None)  # fmt: skip
-            same = second.name in _KERNELS and _groups(second) == 1 and not shared and _reads(second, first)
-            if same:
-                found.append((first, second))
-            break
-    return found
-
-
-def _reads(second: Operation, first: Operation) -> bool:
-    kernel = second.inputs[1]
-    channels = first.outputs[0].shape[-1]
-    if kernel is None or kernel.value is None or second.inputs[0] is None or second.inputs[0].value is not None:
-        return False
-    if second.name == "DEPTHWISE_CONV_2D":
-        return kernel.shape[-1] == channels
-    return kernel.shape[-1] == channels
-
-
-def _factors(first: Operation, second: Operation) -> np.ndarray:
-    made, read = first.inputs[1], second.inputs[1]
-    if made is None or made.value is None or read is None or read.value is None:
-        raise ValueError("no constants")
-    high = channel_largest(first, made.value).reshape(-1)
-    low = np.abs(read.value).reshape(-1, read.shape[-1]).max(axis=0)
-    usable = (high > 1e-8) & (low > 1e-8)
-    return np.where(usable, np.sqrt(np.where(usable, high, 1.0) / np.where(usable, low, 1.0)), 1.0)
-
-
-def _scale(first: Operation, second: Operation, factor: np.ndarray, values: dict[str, np.ndarray]) -> None:
-    made, read = first.inputs[1], second.inputs[1]
-    if made is None or made.value is None or read is None or read.value is None:
-        raise ValueError("no constants")
-    along = factor if first.name == "DEPTHWISE_CONV_2D" else factor.reshape(-1, *[1] * (made.value.ndim - 1))
-    values[made.name] = (made.value / along).astype(np.float32)
-    bias = first.inputs[2] if len(first.inputs) > 2 else None
-    if bias is not None and bias.value is not None:
-        values[bias.name] = (bias.value / factor.reshape(bias.shape)).astype(np.float32)
-    values[read.name] = (read.value * factor).astype(np.float32)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -24,7 +24,8 @@ class Scheme:
         dynamic: Whether the runtime quantizes activations by itself, from each input; only with float activations.
         granularity: One weight scale per output ``"channel"``, per ``"tensor"``, or per block of 32, 64, 128 or 256
             inputs (fully connected layers with 2 or 4 bits and dynamic activations).
-        power_of_two: Whether every scale is a power of two and every zero point 0, for fixed-point hardware.
+        power_of_two: Whether every scale is a power of two and every zero point 0, for fixed-point hardware; not with
+            16-bit activations.
         layers: ``(pattern, scheme)`` pairs for the layers or operators that differ; a later pair wins.
 
     Raises:
@@ -49,6 +50,11 @@ class Scheme:
                 f"a scheme has float weights ({self.weights} bits) and integer activations or power-of-two steps; "
                 "LiteRT needs integer weights for that (8, 4 or 2 bits)"
             )
+        if self.weights >= 16 and self.granularity != "channel":
+            raise ConfigError(
+                f"a scheme has float weights ({self.weights} bits) and granularity {self.granularity!r}; floats have "
+                "no scales, leave `granularity` out"
+            )
         if self.dynamic and self.activations != 32:
             raise ConfigError(
                 f"a scheme is dynamic and has activations of {self.activations} bits; dynamic activations are "
@@ -61,8 +67,33 @@ class Scheme:
                 f"granularity {self.granularity} (blocks) needs 2 or 4-bit weights and dynamic=True in LiteRT; "
                 'use "channel"'
             )
+        if self.power_of_two and (self.activations == 16 or self.granularity in _BLOCKS):
+            what = "16-bit activations" if self.activations == 16 else f"blocks of {self.granularity} inputs"
+            raise ConfigError(
+                f"a scheme has power-of-two steps and {what}; they come with 8-bit, float or dynamic activations and "
+                'granularity "channel" or "tensor"'
+            )
+        self._check_layers()
         if not self.name:
             object.__setattr__(self, "name", self._described())
+
+    def _check_layers(self) -> None:
+        pairs = self.layers if isinstance(self.layers, tuple | list) else None
+        if pairs is None or not all(
+            isinstance(pair, tuple | list)
+            and len(pair) == 2
+            and isinstance(pair[0], str)
+            and isinstance(pair[1], Scheme)
+            for pair in pairs
+        ):
+            raise ConfigError(f"`layers` of a scheme is {self.layers!r}; it must be (pattern, Scheme) pairs")
+        for pattern, inner in pairs:
+            if inner.layers:
+                raise ConfigError(
+                    f"the scheme of the layers {pattern!r} has layers of its own ({inner.name}); list every pattern in "
+                    "one mapping, where a later one wins"
+                )
+        object.__setattr__(self, "layers", tuple((pattern, inner) for pattern, inner in pairs))
 
     def _described(self) -> str:
         if self.weights >= 16:
@@ -110,7 +141,14 @@ class Scheme:
             raise ConfigError(
                 f"scheme has unknown keys {wrong}; known are {sorted(known)}{did_you_mean(wrong[0], known)}"
             )
-        layers = tuple((pattern, cls.from_dict(inner)) for pattern, inner in data.get("layers", ()))
+        try:
+            layers = tuple((pattern, cls.from_dict(inner)) for pattern, inner in data.get("layers", ()))
+        except (TypeError, ValueError) as error:
+            if isinstance(error, ConfigError):
+                raise
+            raise ConfigError(
+                f"scheme has the layers {data['layers']!r}; they must be [pattern, scheme] pairs"
+            ) from None
         return cls(**{**data, "layers": layers})
 
 
@@ -152,19 +190,53 @@ def resolve_scheme(scheme: str | Scheme | Mapping[str, Any], argument: str = "sc
         if not scheme:
             raise ConfigError(f"`{argument}` is an empty mapping; give it patterns and schemes, or a scheme's name")
         pairs = [(str(pattern), resolve_scheme(inner, f"{argument}[{pattern!r}]")) for pattern, inner in scheme.items()]
+        hidden = (
+            [pattern for pattern, _ in pairs[: [pattern for pattern, _ in pairs].index("*")]] if "*" in scheme else []
+        )
+        if hidden:
+            raise ConfigError(
+                f"`{argument}` has '*' after {hidden[0]!r}, and a later pattern wins; put '*' first: it is for the rest"
+            )
         base = SCHEMES["float32"]
         if pairs[0][0] == "*":
             base, pairs = pairs[0][1], pairs[1:]
-        return replace(base, name=f"{base.name}+layers" if pairs else base.name, layers=tuple(pairs))
-    if isinstance(scheme, str) and scheme.startswith("float8"):
-        raise ConfigError(f"`{argument}` is {scheme!r}; LiteRT has no float8, use `float16`, `int8` or `int8-weights`")
+        return with_layers(base, pairs)
+    if isinstance(scheme, str) and scheme.lower().startswith(("float8", "fp8")):
+        raise ConfigError(
+            f"`{argument}` is {scheme!r}; LiteRT has no float8, use `float16`, `int8` or `int8-weights`; a SavedModel "
+            "folder (export to a path without `.tflite`) holds `float8-e4m3` and `float8-e5m2`"
+        )
     check_choice(argument, scheme, SCHEMES)
     return SCHEMES[scheme]
 
 
-def for_layers(scheme: Scheme, patterns: Any) -> Scheme:
-    """Return the scheme that applies ``scheme`` to the layers that match and leaves the rest in float32."""
+def with_layers(scheme: Scheme, pairs: Sequence[tuple[str, Scheme]]) -> Scheme:
+    """Return the scheme with more layers that differ, behind those that it has."""
+    if not pairs:
+        return scheme
+    name = scheme.name if scheme.layers else f"{scheme.name}+layers"
+    return replace(scheme, name=name, layers=(*scheme.layers, *pairs))
+
+
+def without_layers(scheme: Scheme) -> Scheme:
+    """Return what the scheme says of the layers that no pattern of its own matches."""
+    return replace(scheme, name=scheme.name.removesuffix("+layers"), layers=()) if scheme.layers else scheme
+
+
+def for_layers(scheme: Scheme, patterns: str | Sequence[str] | None) -> Scheme:
+    """Return the scheme that applies ``scheme`` to the layers that match and leaves the rest in float32.
+
+    Raises:
+        ConfigError: If the patterns are none or no names, or ``scheme`` has layers of its own.
+    """
     if patterns is None:
         return scheme
-    listed = [patterns] if isinstance(patterns, str) else list(patterns)
-    return replace(SCHEMES["float32"], name=f"{scheme.name}+layers", layers=tuple((p, scheme) for p in listed))
+    listed = [patterns] if isinstance(patterns, str) else patterns
+    if not isinstance(listed, list | tuple) or not listed or not all(isinstance(p, str) for p in listed):
+        raise ConfigError(f"`layers` is {patterns!r}; it must be a name or pattern, or a list of them, such as 'conv*'")
+    if scheme.layers:
+        raise ConfigError(
+            f"`layers` is {patterns!r} and `scheme` is a mapping; put the patterns into the mapping, such as "
+            "{'conv*': 'int8'}, and leave `layers` out"
+        )
+    return replace(with_layers(SCHEMES["float32"], [(p, scheme) for p in listed]), name=f"{scheme.name}+layers")

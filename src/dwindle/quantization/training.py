@@ -14,10 +14,17 @@ from dwindle.lifting.flatbuffer import read_graph
 from dwindle.lifting.lifted import LiftedModel, build_lifted
 from dwindle.quantization.assignment import assign, widened
 from dwindle.quantization.calibration import METHODS, Ranges, calibrate
+from dwindle.quantization.equalizing import equalize as equalized
 from dwindle.quantization.fake_quantization import RANGES
-from dwindle.quantization.mixing import within_budget
-from dwindle.quantization.refining import ROUNDINGS, clipped_bounds, correct_biases, input_statistics, round_weights
-from dwindle.quantization.refining import equalize as equalized
+from dwindle.quantization.mixing import JUDGED_SAMPLES, judging_samples, within_budget, within_drop
+from dwindle.quantization.refining import (
+    ROUNDINGS,
+    clipped_bounds,
+    correct_biases,
+    input_statistics,
+    not_refined,
+    round_weights,
+)
 from dwindle.quantization.schemes import Scheme, for_layers, resolve_scheme
 from dwindle.quantization.writing import read_grids, write_quantized
 
@@ -38,6 +45,7 @@ def quantize(
     equalize: bool = False,
     correct_bias: bool = False,
     budget: str | int | None = None,
+    max_drop: str | float | None = None,
     keep_zeros: bool = True,
     progress: Callable[[int, int], None] | None = None,
 ) -> LiftedModel:
@@ -66,6 +74,10 @@ def quantize(
         correct_bias: Whether biases take up the shift of means that rounded weights make, as seen on ``data``.
         budget: A file size, such as ``"60KB"``: weights that matter least get fewer bits than ``scheme`` says until
             the file is that small. Measured on ``data``, without labels.
+        max_drop: A loss, such as ``"1%"`` or 0.01, instead of ``budget``: as many weights as possible get fewer bits
+            before the written file loses more. Measured on the validation samples of ``data`` where it has them (at
+            most 2,000), before ``clipping``, ``rounding`` and ``correct_bias``: the loss of accuracy where there are
+            labels, else the share of samples whose class is not the float file's.
         keep_zeros: Whether zeros of a pruned weight stay zero in training.
         progress: Called with ``(done, all)`` steps of calibration and of the budget's search.
 
@@ -89,15 +101,26 @@ def quantize(
         raise ConfigError(f"`scheme` is `{chosen.name}`, which has no integers to train for; use `int8`")
     for argument, value, accepted in (("clipping", clipping, CLIPPINGS), ("rounding", rounding, ROUNDINGS)):
         check_choice(argument, value, accepted)
+    if budget is not None and max_drop is not None:
+        raise ConfigError("`budget` and `max_drop` both choose the layers' bits; pass one of them")
     content = float_file(model)
     assign(read_graph(content), chosen)  # a layer that does not exist is said before any work
-    if chosen.needs_data or rounding != "nearest" or correct_bias or budget is not None:
+    looks = {"rounding": rounding != "nearest", "correct_bias": correct_bias, "budget": budget, "max_drop": max_drop}
+    looking = [argument for argument, value in looks.items() if value is not None and value is not False]
+    if looking and data is None and not chosen.needs_data:
+        raise DataError(f"`{looking[0]}` looks at `data`, which is None; pass a few hundred training samples")
+    if looking or chosen.needs_data:
         samples = calibration_samples(input_shapes(model, content), data)
     if equalize:
         content = equalized(content)
-    found = calibrate(content, samples, method=calibration, progress=progress) if chosen.needs_data else None
+    bits = chosen.activations if chosen.is_static else 8
+    found = calibrate(content, samples, method=calibration, bits=bits, progress=progress) if chosen.needs_data else None
     if budget is not None:
         chosen = within_budget(content, chosen, found, samples, budget, progress=progress)
+    if max_drop is not None:
+        judged = judging_samples(data).take(JUDGED_SAMPLES)
+        judged = replace(judged, x=calibration_samples(input_shapes(model, content), judged, limit=JUDGED_SAMPLES))
+        chosen = within_drop(content, chosen, found, samples, max_drop, judged=judged, progress=progress)
     original, bounds = content, {}
     choices = assign(read_graph(content), chosen)
     if clipping == "mse":
@@ -110,10 +133,11 @@ def quantize(
         if correct_bias:
             content = correct_biases(content, original, choices, bounds, statistics)
     if found is not None and content != original:
-        found = calibrate(content, samples, method=calibration)
+        found = calibrate(content, samples, method=calibration, bits=bits)
     return simulate(
-        content, chosen, found, name=model.name, keep_zeros=keep_zeros, training_ranges=ranges, weight_bounds=bounds
-    )
+        content, chosen, found, name=model.name, keep_zeros=keep_zeros, training_ranges=ranges, weight_bounds=bounds,
+        notes=not_refined(read_graph(content), choices, rounding=rounding, clipping=clipping),
+    )  # fmt: skip
 
 
 def simulate(
@@ -125,6 +149,7 @@ def simulate(
     keep_zeros: bool = True,
     training_ranges: str = "fixed",
     weight_bounds: Mapping[str, np.ndarray] | None = None,
+    notes: Sequence[str] = (),
 ) -> LiftedModel:
     """Build the trainable model of the quantized file that ``scheme`` and ``ranges`` give for a float file."""
     from dwindle.attaching import attach
@@ -142,7 +167,7 @@ def simulate(
     stored = None if ranges is None else {tensor: list(pair) for tensor, pair in ranges.items()}
     twin = build_lifted(
         content, grids=grids, name=name, quantization={"scheme": scheme.to_dict(), "ranges": stored},
-        notes=widened(graph, scheme), ranges=training_ranges,
+        notes=[*widened(graph, scheme), *notes], ranges=training_ranges,
     )  # fmt: skip
     if keep_zeros:
         zeros = {}

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Mapping
 from html import escape as html_escape
 from typing import Any
 
+from dwindle.measuring.accuracy import higher_is_better
 from dwindle.reporting.tables import console_of
 
 _ROW, _NAME, _BAR, _GAP, _TOP = 24, 250, 230, 90, 70
@@ -60,9 +62,11 @@ def blame_svg(found: Mapping[str, Any]) -> str:
         found: `dwindle.blaming.Blame.to_dict`.
     """
     rows = found["rows"]
-    width, height = _NAME + 2 * (_BAR + _GAP) + 20, _TOP + _ROW * len(rows) + 50
+    advice = textwrap.wrap(found["advice"], 120)
+    width, height = _NAME + 2 * (_BAR + _GAP) + 20, _TOP + _ROW * len(rows) + 30 + 20 * len(advice)
     loudest = max([row["sqnr_db"] or 0.0 for row in rows] + [1.0])
-    losses = [found["float_value"] - row["only"] if row["only"] is not None else 0.0 for row in rows]
+    sign = 1.0 if higher_is_better(found["metric"]) else -1.0
+    losses = [sign * (found["float_value"] - row["only"]) if row["only"] is not None else 0.0 for row in rows]
     largest = max([abs(loss) for loss in losses] + [1e-6])
     parts = [
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" width="{width}" height="{height}" '
@@ -80,12 +84,14 @@ def blame_svg(found: Mapping[str, Any]) -> str:
             f'<text x="{_NAME - 10}" y="{top + 14}" text-anchor="end" fill="#1a1a1a">{html_escape(name)}</text>'
         )
         length = max(0.0, (row["sqnr_db"] or 0.0) / loudest) * _BAR
-        shown = "exact" if row["sqnr_db"] is None else f"{row['sqnr_db']:.1f}"
+        shown = "exact" if row["max_error"] == 0 else _value(row["sqnr_db"], ".1f")
         parts.append(f'<rect x="{_NAME}" y="{top + 3}" width="{length:.1f}" height="14" rx="2" fill="#3b6ea5"/>')
         parts.append(f'<text x="{_NAME + length + 6:.1f}" y="{top + 14}" fill="#333">{shown}</text>')
         left, length = _NAME + _BAR + _GAP, abs(loss) / largest * _BAR
+        lost = "–" if row["only"] is None else f"{loss:+.4f}"
         color = "#b5482f" if loss > 0 else "#4d8c57"
         parts.append(f'<rect x="{left}" y="{top + 3}" width="{length:.1f}" height="14" rx="2" fill="{color}"/>')
-        parts.append(f'<text x="{left + length + 6:.1f}" y="{top + 14}" fill="#333">{loss:+.4f}</text>')
-    parts.append(f'<text x="16" y="{height - 18}" fill="#1a1a1a">{html_escape(found["advice"])}</text></svg>')
-    return "\n".join(parts)
+        parts.append(f'<text x="{left + length + 6:.1f}" y="{top + 14}" fill="#333">{lost}</text>')
+    for number, line in enumerate(reversed(advice)):
+        parts.append(f'<text x="16" y="{height - 18 - 20 * number}" fill="#1a1a1a">{html_escape(line)}</text>')
+    return "\n".join([*parts, "</svg>"])
