@@ -68,7 +68,7 @@ def models():
 
     return {
         "valid": one(L.Conv2D(5, 3), (7, 8, 3)),
-        "same, strides": one(L.Conv2D(4, (3, 2), strides=2, padding="same"), (7, 8, 3)),
+        "same, strides": one(L.Conv2D(4, 3, strides=2, padding="same"), (7, 8, 3)),
         "dilated": one(L.Conv2D(4, 3, dilation_rate=2, padding="same"), (7, 8, 2)),
         "grouped": one(L.Conv2D(6, 3, groups=2, strides=2), (7, 8, 4)),
         "depthwise": one(L.DepthwiseConv2D(3, padding="same"), (6, 7, 4)),
