@@ -34,8 +34,6 @@ from dwindle.quantization.refining import (
 from dwindle.quantization.schemes import SCHEMES, Scheme, resolve_scheme
 from dwindle.quantization.writing import write_quantized
 
-pytestmark = pytest.mark.slow  # several minutes
-
 L = keras.layers
 KERNELS = ("CONV_2D", "DEPTHWISE_CONV_2D", "FULLY_CONNECTED")
 
