@@ -51,6 +51,7 @@ examples: $(READY)
 bench: $(READY)
 	$(BIN)/python benchmarks/step_time.py $(if $(TFMOT),--tfmot $(TFMOT))
 	$(BIN)/python benchmarks/large_model.py
+	$(BIN)/python benchmarks/schemes.py
 
 bench-applications: $(READY)
 	$(BIN)/python benchmarks/applications.py

@@ -5,11 +5,13 @@ from __future__ import annotations
 import doctest
 import importlib
 import re
+import shlex
 from pathlib import Path
 
 import pytest
 
 import dwindle
+from dwindle.cli import main
 
 ROOT = Path(__file__).resolve().parent.parent
 MODULES = sorted({module for module in dwindle._NAMES.values()})
@@ -29,6 +31,41 @@ def test_the_readmes_python_runs(tmp_path, monkeypatch):
     for block in blocks:
         exec(compile(block, "README.md", "exec"), names)
     assert (tmp_path / "model.tflite").exists()
+
+
+def test_every_block_of_the_quantization_page_runs(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    text = (ROOT / "docs" / "quantization.md").read_text(encoding="utf8")
+    blocks = re.findall(r"^```(\w*)\n(.*?)^```$", text, re.S | re.M)
+    assert 2 * len(blocks) == text.count("```")
+    assert {language for language, _ in blocks} == {"python", "sh"}
+    names: dict[str, object] = {}
+    for language, block in blocks:
+        if language == "python":
+            exec(compile(block, "quantization.md", "exec"), names)
+            continue
+        for line in block.splitlines():
+            program, *arguments = shlex.split(line)
+            assert program == "dwindle"
+            assert main(arguments) == 0, capsys.readouterr().err
+    sizes = {name: (tmp_path / f"{name}.tflite").stat().st_size for name in ("float", "int8", "int4", "small")}
+    assert sizes["int4"] < sizes["int8"] < sizes["float"] / 2
+    assert sizes["small"] <= 10_000
+    assert "Keep `" in capsys.readouterr().out  # blame's advice
+
+
+def test_the_quantization_page_has_every_scheme_and_option():
+    from dwindle.exporting.saved_model import FORMATS
+    from dwindle.quantization import IO_TYPES, SCHEMES
+    from dwindle.quantization.calibration import METHODS
+    from dwindle.quantization.fake_quantization import RANGES
+    from dwindle.quantization.refining import ROUNDINGS
+
+    text = (ROOT / "docs" / "quantization.md").read_text(encoding="utf8")
+    table = re.findall(r"^\| (`[^|]*`) \|", text.partition("## A model")[0], re.M)
+    assert set(re.findall(r"`([^`]+)`", " ".join(table))) == {*SCHEMES, *FORMATS}
+    for name in (*METHODS, *RANGES, *ROUNDINGS, *IO_TYPES):
+        assert f'"{name}"' in text or name in ("nearest", "float32"), name
 
 
 def test_the_readme_names_the_test_and_demo_commands():

@@ -19,6 +19,9 @@ from dwindle.errors import DataError, DwindleError
 MET, BAD_INPUT, NOT_MET, INTERRUPTED = 0, 2, 3, 130
 SCHEME_NAMES = ("float32", "float16", "int8", "int8-dynamic", "int8-weights", "int16x8", "int4", "int4-dynamic",
                 "int2-dynamic", "pow2-8")  # fmt: skip
+# Options of `convert` that `quantize` carries out, where one of them is not as here.
+UNREFINED = {"clipping": "none", "rounding": "nearest", "equalize": False, "correct_bias": False, "budget": None,
+             "max_drop": None}  # fmt: skip
 FOLDER_SCHEMES = ("float32", "float16", "float8-e4m3", "float8-e5m2")
 
 
@@ -136,6 +139,7 @@ def _add_convert(commands: Any) -> None:
     sub.add_argument("--equalize", action="store_true", help="bring the ranges of consecutive layers together first")
     sub.add_argument("--correct-bias", action="store_true", help="let biases take up the shift that rounding makes")
     sub.add_argument("--budget", metavar="SIZE", help="fewer bits where they cost least, until the file is this small")
+    sub.add_argument("--max-drop", metavar="DROP", help="fewer bits where they cost least, while it loses at most this")
     sub.add_argument("--force", action="store_true", help="write over OUT if it exists")
     sub.add_argument("--json", action="store_true", help="print the result as JSON")
     sub.add_argument("--trust", action="store_true", help="let code in the model file run (Lambda layers)")
@@ -288,12 +292,11 @@ def _convert(options: argparse.Namespace) -> int:
     from dwindle.exporting import export
 
     data = _fitted(options, model, factor)
-    refined = {"clipping": options.clipping, "rounding": options.rounding, "equalize": options.equalize,
-               "correct_bias": options.correct_bias, "budget": options.budget}  # fmt: skip
-    if refined != {"clipping": "none", "rounding": "nearest", "equalize": False, "correct_bias": False, "budget": None}:
+    refined = {name: getattr(options, name) for name in UNREFINED}
+    if refined != UNREFINED:
         if folder:
-            raise ConfigError("--clipping, --rounding, --equalize, --correct-bias and --budget are for integers, and a "
-                              "SavedModel folder holds floats; name a .tflite")  # fmt: skip
+            raise ConfigError("--clipping, --rounding, --equalize, --correct-bias, --budget and --max-drop are for "
+                              "integers, and a SavedModel folder holds floats; name a .tflite")  # fmt: skip
         from dwindle.quantization import quantize
 
         model = quantize(

@@ -267,6 +267,14 @@ def test_zeros_of_a_pruned_model_stay_zero(trained, tmp_path):
     assert min(zeros) >= 0.79
 
 
+def test_lifted_and_finalized_models(trained, digits, tmp_path):
+    x = digits[1][0][:40]
+    for model in (dw.lift(trained), dw.finalize(dw.quantize(trained, "int8", digits[0][0][:40]))):
+        artefact = dw.export(model, tmp_path / "folder", scheme="float8-e4m3", data=x)
+        expected = _with_rounded_weights(model, "float8-e4m3", [x])[0]
+        np.testing.assert_allclose(_run(artefact.path, model, [x])[0], expected, atol=1e-5)
+
+
 def test_other_formats_for_some_layers(tmp_path):
     model = ZOO["mlp"]()
     first, last = model.layers[0].name, model.layers[-1].name
@@ -417,6 +425,22 @@ def test_bad_input(trained, tmp_path, monkeypatch, arguments, kind, message):
     with pytest.raises(kind, match=message):
         dw.export(**{"model": trained, "path": "new", **arguments})
     assert sorted((path, path.stat().st_mtime_ns) for path in tmp_path.rglob("*")) == before
+
+
+@keras.saving.register_keras_serializable("saved_model_tests")
+class InPython(L.Layer):
+    def call(self, inputs):
+        doubled = tf.numpy_function(lambda x: x * 2, [inputs], tf.float32)
+        doubled.set_shape(inputs.shape)
+        return doubled
+
+
+def test_models_that_run_python_are_refused(tmp_path):
+    inputs = keras.Input((4,))
+    model = keras.Model(inputs, L.Dense(3)(InPython()(inputs)), name="net")
+    with pytest.raises(dw.UnsupportedModelError, match=r"`net` runs Python while it computes \(`.*PyFunc`\)"):
+        dw.export(model, tmp_path / "folder")
+    assert not list(tmp_path.iterdir())
 
 
 def test_models_that_a_folder_can_not_hold(trained, digits, tmp_path):

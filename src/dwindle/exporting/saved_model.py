@@ -236,7 +236,7 @@ def write_saved_model(
 
     Raises:
         ConfigError: For a scheme that a SavedModel can't hold.
-        UnsupportedModelError: If a layer keeps a state between calls.
+        UnsupportedModelError: If a layer keeps a state between calls, or runs Python.
         ConversionError: If the model can't be traced, or the folder not be written.
         VerificationError: If the folder misses the bound; nothing is written.
     """
@@ -312,9 +312,23 @@ def _save(model: keras.Model, stored: Mapping[int, StoredKernel], folder: Path) 
         module.kept = kept
         try:
             module.serve = signature(tf, model, compute)
+            graph = module.serve.get_concrete_function().graph.as_graph_def()
+            _check_no_python(model, graph)
             tf.saved_model.save(module, str(folder), signatures={"serving_default": module.serve})
+        except UnsupportedModelError:
+            raise
         except Exception as error:
             raise ConversionError(f"`{model.name}` can't be written as a SavedModel: {reason(error)}") from error
+
+
+def _check_no_python(model: keras.Model, graph: Any) -> None:
+    """Raise if a traced graph calls back into this process, which a program that loads the folder does not have."""
+    nodes = [*graph.node, *(node for function in graph.library.function for node in function.node_def)]
+    if python := next((node.name for node in nodes if "PyFunc" in node.op), None):
+        raise UnsupportedModelError(
+            f"`{model.name}` runs Python while it computes (`{python}`), as an operator that could not be lifted does, "
+            "and a SavedModel can't hold that; export it as .tflite, or export the model that it was lifted from"
+        )
 
 
 def _raised(tf: Any, variable: Any, number: Any, scale: Any) -> Any:
