@@ -5,14 +5,17 @@ from __future__ import annotations
 import keras
 import numpy as np
 import pytest
+from ai_edge_litert.interpreter import Interpreter
 from zoo import ZOO, samples, settle
 
 import dwindle as dw
+from dwindle.exporting import float_file
 from dwindle.lifting.constants import integer_sum
 from dwindle.lifting.flatbuffer import read_graph
 from dwindle.lifting.grids import Grid
 from dwindle.lifting.kernel_tables import ByTable, KernelTables
 from dwindle.quantization import SCHEMES
+from dwindle.quantization.writing import read_grids
 from dwindle.weights import quotient
 
 STATIC = ("int8", "int4", "pow2-8")
@@ -66,6 +69,34 @@ def test_a_sum_is_the_kernels_own_fixed_point_sum():
             (a.astype(np.float32), b.astype(np.float32)), scales[:2].tolist(), float(scales[2]), signs=(1, -1)
         )
         np.testing.assert_array_equal(np.rint(np.asarray(got) / scales[2]), expected)
+
+
+@pytest.mark.parametrize("centred", [False, True])  # with a zero point of 0 XNNPACK runs it, else LiteRT's own kernel
+@pytest.mark.parametrize("transposed", [False, True])
+def test_a_product_of_two_tensors_is_the_kernels_own(centred, transposed, tmp_path):
+    generator = np.random.default_rng(0)
+    a = generator.normal(0.3, 1, (200, 8, 32)).astype(np.float32)
+    b = generator.uniform(-1, 3, (200, *((16, 32) if transposed else (32, 16)))).astype(np.float32)
+    b = np.concatenate([b, -b])[:200] - 1 if centred else b
+    if centred:
+        b[:2] = [np.full_like(b[0], b.min()), np.full_like(b[0], -b.min())]
+    inputs = [keras.Input(x.shape[1:]) for x in (a, b)]
+    right = keras.ops.swapaxes(inputs[1], 1, 2) if transposed else inputs[1]
+    model = keras.Model(inputs, keras.ops.matmul(inputs[0], right))
+    found = dw.export(model, tmp_path / "m.tflite", scheme="int8", data=[a, b])
+    grid = read_grids(float_file(model), found.path.read_bytes()).operands[0, 1]
+    assert (grid.zero_point == 0) == centred
+    assert found.verification.quanta == 0.0, found.verification
+
+
+@pytest.mark.parametrize("name", ["attention", "residual"])
+def test_every_scale_of_a_power_of_two_file_is_one(name, tmp_path):
+    model = settle(ZOO[name]())
+    file = dw.export(model, tmp_path / "m.tflite", scheme="pow2-8", data=samples(model, 64))
+    details = Interpreter(str(file.path)).get_tensor_details()
+    scales = np.concatenate([tensor["quantization_parameters"]["scales"] for tensor in details])
+    assert len(scales) > 5
+    np.testing.assert_array_equal(np.log2(scales) % 1, 0)
 
 
 @pytest.mark.parametrize("compiled", [False, True])

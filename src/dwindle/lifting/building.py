@@ -339,12 +339,14 @@ class Builder:
         self._operations[layer.name] = operation.index
         return layer
 
-    def sum_scales(self, operation: Operation) -> tuple[float, float, float] | None:
-        """Return the scales of two summands and of their sum where an 8-bit kernel adds them; else None."""
+    def integer_scales(self, operation: Operation) -> tuple[float, float, float] | None:
+        """Return the scales of two operands and of the result where an 8-bit kernel computes on integers; else None."""
         grids = (*(self.grids.operands.get((operation.index, position)) for position in (0, 1)),
                  self.grids.outputs.get((operation.index, 0)))  # fmt: skip
         found = [grid.scale for grid in grids if grid is not None and grid.bits == 8]
-        if operation.name not in ("ADD", "SUB"):
+        if operation.name == "BATCH_MATMUL" and grids[1] is not None and grids[1].zero_point == 0:
+            return None  # XNNPACK runs it, and rounds once
+        if operation.name not in ("ADD", "SUB", "BATCH_MATMUL"):
             return None
         return (found[0], found[1], found[2]) if len(found) == 3 and self.ranges == "fixed" else None
 

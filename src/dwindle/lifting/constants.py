@@ -205,19 +205,22 @@ class MatMul(keras.layers.Layer):
         transpose_b: The same for the right one.
         constant: Shape of the constant; None for two tensors.
         constant_first: Whether the constant is the left operand.
+        scales: Scale of the left operand, of the right one and of the product where an 8-bit kernel multiplies two
+            tensors; outside training the product is then computed on integers, see `integer_product`.
     """
 
     weight_specs: ClassVar[tuple[WeightSpec, ...]] = (WeightSpec(weight="kernel", channel_axes=(-1,)),)
 
     def __init__(
         self, *, transpose_a: bool = False, transpose_b: bool = False, constant: Sequence[int] | None = None,
-        constant_first: bool = False, **kwargs: Any,
+        constant_first: bool = False, scales: Sequence[float] | None = None, **kwargs: Any,
     ) -> None:  # fmt: skip
         super().__init__(**kwargs)
         self.transpose_a = transpose_a
         self.transpose_b = transpose_b
         self.constant = None if constant is None else tuple(constant)
         self.constant_first = constant_first
+        self.scales = None if scales is None else tuple(scales)
 
     def build(self, input_shape: Any) -> None:
         """Create the constant."""
@@ -225,8 +228,14 @@ class MatMul(keras.layers.Layer):
         if self.constant is not None:
             self.kernel = self.add_weight(name="kernel", shape=self.constant, initializer="zeros")
 
-    def call(self, inputs: Any) -> Any:
-        """Return the product."""
+    def call(self, inputs: Any, training: bool | None = None) -> Any:
+        """Return the product; on the grid of the result outside training, but not clipped, where it has scales."""
+        if self.scales is not None and not training:
+            steps = [keras.ops.round(value / scale) for value, scale in zip(inputs, self.scales[:2], strict=True)]
+            return integer_product(self._product(steps), self.scales)
+        return self._product(inputs)
+
+    def _product(self, inputs: Any) -> Any:
         if self.constant is not None:
             kernel = keras.ops.convert_to_tensor(self.kernel)
             a, b = (kernel, inputs) if self.constant_first else (inputs, kernel)
@@ -240,8 +249,30 @@ class MatMul(keras.layers.Layer):
         """Return what makes an equal layer."""
         own = {"transpose_a": self.transpose_a, "transpose_b": self.transpose_b,
                "constant": None if self.constant is None else list(self.constant),
-               "constant_first": self.constant_first}  # fmt: skip
+               "constant_first": self.constant_first, "scales": None if self.scales is None else list(self.scales)}  # fmt: skip
         return {**super().get_config(), **own}
+
+
+def integer_product(total: Any, scales: Sequence[float]) -> Any:
+    """Scale a sum of products as LiteRT's own 8-bit kernel does: times 31 bits, rounded, shifted, rounded again.
+
+    The first rounding takes halves up, the second away from zero. Parts of the product are summed, so that 64-bit
+    floats hold each exactly.
+
+    Args:
+        total: Sums of products of whole steps, below ``2^24``.
+        scales: Scale of the left operand, of the right one and of the result.
+
+    Returns:
+        The result on its grid, not clipped, as float32.
+    """
+    ops = keras.ops
+    mantissa, exponent = np.frexp(float(np.float32(scales[0]) * np.float32(scales[1])) / float(np.float32(scales[2])))
+    high, low = divmod(round(mantissa * 2.0**31), 2**16)
+    total = ops.cast(total, "float64") * 2.0 ** max(int(exponent), 0)
+    first = ops.floor((total * high + ops.floor((total * low + 2.0**30) / 2.0**16)) / 2.0**15)
+    found = ops.sign(first) * ops.floor(ops.abs(first) * 2.0 ** min(int(exponent), 0) + 0.5)
+    return ops.cast(found, "float32") * float(np.float32(scales[2]))
 
 
 def integer_sum(steps: Sequence[Any], scales: Sequence[Any], result: float, *, signs: Sequence[int]) -> Any:

@@ -220,7 +220,8 @@ def _power_of_two_ranges(graph: Graph, choices: Sequence[Scheme], ranges: Ranges
     for operation, choice in zip(graph.operations, choices, strict=True):
         if not choice.power_of_two:
             continue
-        weights = operation.inputs[1:] if operation.name in SYMMETRIC else ()
+        later = operation.inputs[1:] if operation.name in SYMMETRIC else ()
+        weights = [t for t in later if t is not None and t.value is not None]
         for tensor in (*operation.inputs, *operation.outputs):
             if tensor is None or tensor.dtype != np.float32 or any(tensor is w for w in weights):
                 continue

@@ -40,7 +40,7 @@ def _binary(context: Context, operation: Operation, inputs: list[Any]) -> Any:
                 dtype_name=np.dtype(tensor.dtype).name, constant_first=fixed[0] == 0,
             )  # fmt: skip
             return layer(inputs[1 - fixed[0]])
-        scales = context.sum_scales(operation)
+        scales = context.integer_scales(operation)
         layer = context.layer(
             ConstantOperand, operation, kind=kind, shape=tensor.shape, constant_first=fixed[0] == 0,
             scales=None if scales is None else (scales[1 - fixed[0]], scales[2]),
@@ -48,7 +48,7 @@ def _binary(context: Context, operation: Operation, inputs: list[Any]) -> Any:
         context.weights(layer, value=(tensor, "plain"))
         return finish(context, operation, layer(inputs[1 - fixed[0]]))
     first, second = _aligned(context, operation, inputs[:2])
-    if (scales := context.sum_scales(operation)) is not None:
+    if (scales := context.integer_scales(operation)) is not None:
         layer = context.layer(Sum, operation, scales=scales, subtract=operation.name == "SUB")
         return finish(context, operation, layer([first, second]))
     if operation.name in _MERGES and len(first.shape) == len(second.shape):

@@ -31,8 +31,8 @@ class Context(Protocol):
         """Note which constants of the file fill which variables of a layer, and how they are laid out."""
         ...
 
-    def sum_scales(self, operation: Operation) -> tuple[float, float, float] | None:
-        """Return the scales of two summands and of their sum where an 8-bit kernel adds them; else None."""
+    def integer_scales(self, operation: Operation) -> tuple[float, float, float] | None:
+        """Return the scales of two operands and of the result where an 8-bit kernel computes on integers; else None."""
         ...
 
 

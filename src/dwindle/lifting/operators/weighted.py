@@ -138,7 +138,10 @@ def _batch_matmul(context: Context, operation: Operation, inputs: list[Any]) -> 
         ranks = {rank_of(operation, position) for position in (0, 1)}
         if len(ranks) > 1:
             raise unsupported(operation, "multiplies tensors of different ranks")
-        layer = context.layer(MatMul, operation, transpose_a=transposed[0], transpose_b=transposed[1])
+        layer = context.layer(
+            MatMul, operation, transpose_a=transposed[0], transpose_b=transposed[1],
+            scales=context.integer_scales(operation),
+        )  # fmt: skip
         return finish(context, operation, layer([inputs[0], inputs[1]]))
     given = weight(operation, fixed[0])
     rank = rank_of(operation, 1 - fixed[0])
