@@ -2,7 +2,8 @@
 
 python benchmarks/applications.py [NAME ...] [--out FILE]
 
-For each: the largest difference of the lifted model from LiteRT, as a share of the largest output; and, in static int8,
+For each: the largest difference of the lifted model from LiteRT, as a share of the largest output, and that of the Keras
+model itself, which is what float arithmetic in another order amounts to in a network of that depth; and, in static int8,
 the share of outputs within one quantum of the simulation, and the largest difference in quanta. Weights are random (the
 published ones can't be had without a network), with moving averages adapted to the data, as after training. Results
 are kept in the output file; architectures in it are not run again.
@@ -74,15 +75,16 @@ def one(name: str) -> dict[str, Any]:
     content = float_file(model)
     lifted = dw.lift(content)
     expected = LiteRTRunner(content).predict([x])[0]
-    found = predict(lifted, [x])[0]
-    error = float(np.abs(found - expected).max() / np.abs(expected).max())
+    error, noise = (
+        float(np.abs(predict(twin, [x])[0] - expected).max() / np.abs(expected).max()) for twin in (lifted, model)
+    )
     scheme = resolve_scheme("int8")
     ranges = calibrate(content, [x])
     written = write_quantized(content, scheme, ranges)
     twin = simulate(content, scheme, ranges, name=name)
     agreed = check(written, twin, [x], BOUNDS["static"], "simulation")
     return {
-        "lift": error, "within": agreed.within, "quanta": agreed.quanta, "islands": list(lifted.notes),
+        "lift": error, "keras": noise, "within": agreed.within, "quanta": agreed.quanta, "islands": list(lifted.notes),
         "seconds": round(time.time() - begun),
     }  # fmt: skip
 
@@ -103,14 +105,15 @@ def main() -> None:
             keras.backend.clear_session()
         row = done[name]
         print(
-            f"{name:20} lifted to {row['lift']:.1e}, within one quantum {row['within']:.4%}, largest "
+            f"{name:20} lifted to {row['lift']:.1e} (Keras {row['keras']:.1e}), within one quantum {row['within']:.4%}, largest "
             f"{row['quanta']:.2f} quanta, {len(row['islands'])} islands, {row['seconds']} s",
             flush=True,
         )
     worst = min(row["within"] for row in done.values())
-    lifted = max(row["lift"] for row in done.values())
-    print(f"{len(done)} architectures; at least {worst:.4%} within one quantum; lifted within {lifted:.1e}")
-    sys.exit(int(worst < 0.999 or lifted > 1e-4))
+    missed = [name for name, row in done.items() if row["lift"] > max(1e-4, 2 * row["keras"])]
+    print(f"{len(done)} architectures; at least {worst:.4%} within one quantum")
+    print(f"lifted to 1e-4 or twice what Keras itself differs by: {len(done) - len(missed)}; not: {missed or 'none'}")
+    sys.exit(int(worst < 0.999 or bool(missed)))
 
 
 if __name__ == "__main__":

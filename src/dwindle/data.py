@@ -38,12 +38,17 @@ class Split:
         return len(self.x[0])
 
     def take(self, count: int) -> Split:
-        """Return the first ``count`` samples."""
-        return Split(x=tuple(array[:count] for array in self.x), y=None if self.y is None else self.y[:count])
+        """Return at most ``count`` samples, spread evenly over all."""
+        return self.pick(spread(len(self), count))
 
-    def pick(self, indices: np.ndarray) -> Split:
+    def pick(self, indices: np.ndarray | slice) -> Split:
         """Return the samples at ``indices``, in that order."""
         return Split(x=tuple(array[indices] for array in self.x), y=None if self.y is None else self.y[indices])
+
+
+def spread(available: int, count: int) -> np.ndarray | slice:
+    """Return which ``count`` of ``available`` samples to take spread evenly; all where there are fewer."""
+    return slice(None) if available <= count else np.linspace(0, available - 1, count).round().astype(np.int64)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,6 +11,7 @@ import dwindle as dw
 from dwindle.exporting.convert import float_file
 from dwindle.lifting.flatbuffer import read_graph
 from dwindle.quantization.calibration import METHODS, _histogram, activations, calibrate
+from dwindle.quantization.training import calibration_samples
 
 BINS = 2048
 
@@ -310,3 +311,14 @@ def test_one_constant_input_of_two_is_accepted_unless_it_is_zero():
     assert calibrate(content, ones)[names[1]] == (1.0, 1.0)
     with pytest.raises(dw.DataError, match=f"0 everywhere in all 20 samples of input `{names[1]}`"):
         calibrate(content, [x[0], np.zeros_like(x[1])])
+
+
+def test_data_that_is_sorted_is_sampled_all_over():
+    x = np.linspace(0, 1, 2000, dtype=np.float32)[:, None] * np.ones((1, 4), np.float32)
+    (picked,) = calibration_samples([(4,)], x, limit=100)
+    assert picked.shape == (100, 4)
+    assert picked.min() == 0
+    assert picked.max() == 1
+    assert np.abs(np.diff(picked[:, 0]) - 1 / 99).max() < 1e-3
+    (whole,) = calibration_samples([(4,)], x[:50], limit=100)
+    np.testing.assert_array_equal(whole, x[:50])

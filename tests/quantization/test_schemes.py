@@ -301,3 +301,15 @@ def test_layers_keep_the_rest_float_in_the_file(cnn, tmp_path):
         op.inputs[1].shape: op.inputs[1].bits for op in graph.operations if op.name in ("CONV_2D", "FULLY_CONNECTED")
     }
     assert found == {(4, 3, 3, 3): 32, (4, 3, 3, 4): 32, (64, 64): 8, (4, 64): 32}
+
+
+@pytest.mark.parametrize("scheme", ["int8", "int16x8", "int8-dynamic"])
+def test_a_long_loop_stays_float_and_that_is_said(scheme, tmp_path):
+    layers = keras.layers
+    model = keras.Sequential([keras.Input((300, 4)), layers.Conv1D(8, 3), layers.LSTM(6), layers.Dense(3)])
+    x = np.random.default_rng(0).normal(size=(40, 300, 4)).astype(np.float32)
+    file = dw.export(model, tmp_path / "m.tflite", scheme=scheme, data=x)
+    assert file.verification.passed
+    assert "stays float32: WHILE (1)" in file.notes
+    kinds = {w.name: w.bits for op in read_graph(file.path.read_bytes()).operations for w in op.inputs[1:2] if w}
+    assert 8 in kinds.values()  # the rest is quantized

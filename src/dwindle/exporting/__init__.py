@@ -224,7 +224,7 @@ def _ranges(
         return None
     if trained:
         return {name: (float(low), float(high)) for name, (low, high) in trained["ranges"].items()}
-    return calibrate(content, samples, method=method)
+    return calibrate(content, samples, method=method, bits=scheme.activations if scheme.is_static else 8)
 
 
 def _float_operators(content: bytes) -> list[str]:
@@ -235,9 +235,9 @@ def _float_operators(content: bytes) -> list[str]:
     for operation in static.operations:
         weights = operation.inputs[1] if len(operation.inputs) > 1 else None
         heavy = weights is not None and weights.value is not None and weights.value.size > 1
-        floats = operation.outputs[0].dtype == np.float32 and operation.name not in ("DEQUANTIZE", "QUANTIZE")
+        floats = operation.name not in ("DEQUANTIZE", "QUANTIZE") and operation.outputs[0].dtype == np.float32
         plain = weights is not None and weights.dtype == np.float32
-        if floats and ((quantized and not heavy) or (heavy and plain)):
+        if operation.name == "WHILE" or (floats and ((quantized and not heavy) or (heavy and plain))):
             kept[operation.name] = kept.get(operation.name, 0) + 1
     return [f"stays float32: {name} ({count})" for name, count in kept.items()]
 

@@ -249,7 +249,8 @@ class MatMul(keras.layers.Layer):
         """Return what makes an equal layer."""
         own = {"transpose_a": self.transpose_a, "transpose_b": self.transpose_b,
                "constant": None if self.constant is None else list(self.constant),
-               "constant_first": self.constant_first, "scales": None if self.scales is None else list(self.scales)}  # fmt: skip
+               "constant_first": self.constant_first,
+               "scales": None if self.scales is None else list(self.scales)}  # fmt: skip
         return {**super().get_config(), **own}
 
 

@@ -192,7 +192,9 @@ def input_shapes(model: keras.Model, content: bytes) -> list[tuple[int | None, .
 def calibration_samples(
     shapes: Sequence[tuple[int | None, ...]], data: Any, *, limit: int = CALIBRATION_SAMPLES
 ) -> tuple[np.ndarray, ...]:
-    """Return calibration arrays, one per input, at most ``limit`` samples.
+    """Return calibration arrays, one per input, at most ``limit`` samples, spread evenly over what there is.
+
+    Data is often sorted by class; the first samples would then be of one.
 
     Args:
         shapes: What `input_shapes` returns.
@@ -220,7 +222,10 @@ def calibration_samples(
             )
         if array.dtype.kind == "f" and not np.isfinite(array).all():
             raise DataError("calibration data has NaN or infinite values; remove those samples")
-    return tuple(array[:limit] for array in arrays)
+    from dwindle.data import spread
+
+    picked = spread(len(arrays[0]), limit)
+    return tuple(array[picked] for array in arrays)
 
 
 def _arrays(data: Any) -> tuple[np.ndarray, ...]:

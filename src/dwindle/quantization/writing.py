@@ -165,6 +165,9 @@ class _Job:
         for operation, choice in zip(self.graph.operations, self.choices, strict=True):
             if choice != base:
                 self._rule(tool, f"^{re.escape(operation.outputs[0].name)};", every, choice)
+        if any(choice.own_needs_data for choice in self.choices):
+            for name in self._in_loops():
+                self._rule(tool, f"^{re.escape(name)};", every, SCHEMES["float32"])
         places = (qtyping.TFLOperationName.INPUT, qtyping.TFLOperationName.OUTPUT)
         for place in places:
             self._rule(tool, "^.*", place, self._interface())
@@ -172,6 +175,15 @@ class _Job:
             name = qtyping.TFLOperationName(QUANTIZER_NAMES.get(kind, kind))
             self._rule(tool, "^.*$", name, SCHEMES["float32"])
         return tool
+
+    def _in_loops(self) -> list[str]:
+        """Return the outputs of the operators inside loops, whose ranges nobody can watch from outside."""
+        return [
+            bytes(graph.tensors[operator.outputs[0]].name).decode()
+            for graph in parse(self.content).subgraphs[1:]
+            for operator in graph.operators
+            if len(operator.outputs)
+        ]
 
     def _interface(self) -> Scheme:
         if self.io_type == "float32":
