@@ -4,9 +4,9 @@ python benchmarks/applications.py [NAME ...] [--out FILE]
 
 For each: the largest difference of the lifted model from LiteRT, as a share of the largest output, and that of the
 Keras model itself, which is what float arithmetic in another order amounts to in a network of that depth; and, in
-static int8, the share of outputs within one quantum of the simulation, and the largest difference in quanta. Weights are random (the
-published ones can't be had without a network), with moving averages adapted to the data, as after training. Results
-are kept in the output file; architectures in it are not run again.
+static int8, the share of outputs within one quantum of the simulation, and the largest difference in quanta. Weights
+are random (the published ones can't be had without a network), with moving averages adapted to the data, as after
+training. Results are kept in the output file; architectures in it are not run again.
 """
 
 from __future__ import annotations
@@ -106,7 +106,8 @@ def main() -> None:
         row = done[name]
         print(
             f"{name:20} lifted to {row['lift']:.1e} (Keras {row['keras']:.1e}), within one quantum "
-            f"{row['within']:.4%}, largest {row['quanta']:.2f} quanta, {len(row['islands'])} islands, {row['seconds']} s",
+            f"{row['within']:.4%}, largest {row['quanta']:.2f} quanta, {len(row['islands'])} islands, "
+            f"{row['seconds']} s",
             flush=True,
         )
     worst = min(row["within"] for row in done.values())
