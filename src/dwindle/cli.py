@@ -140,6 +140,7 @@ def _add_convert(commands: Any) -> None:
     sub.add_argument("--correct-bias", action="store_true", help="let biases take up the shift that rounding makes")
     sub.add_argument("--budget", metavar="SIZE", help="fewer bits where they cost least, until the file is this small")
     sub.add_argument("--max-drop", metavar="DROP", help="fewer bits where they cost least, while it loses at most this")
+    sub.add_argument("--sparse", action="store_true", help="store weights with many zeros in the sparse encoding")
     sub.add_argument("--force", action="store_true", help="write over OUT if it exists")
     sub.add_argument("--json", action="store_true", help="print the result as JSON")
     sub.add_argument("--trust", action="store_true", help="let code in the model file run (Lambda layers)")
@@ -304,8 +305,9 @@ def _convert(options: argparse.Namespace) -> int:
         )
         scheme = None
     artefact = export(
-        model, options.out, scheme=scheme, data=data, io_type=options.io_type, calibration=options.calibration
-    )
+        model, options.out, scheme=scheme, data=data, io_type=options.io_type, calibration=options.calibration,
+        sparse=options.sparse,
+    )  # fmt: skip
     found = artefact.verification
     if options.json:
         told = {"file": str(artefact.path), "scheme": artefact.scheme, "size_bytes": artefact.size_bytes,

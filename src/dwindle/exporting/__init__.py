@@ -70,6 +70,7 @@ def export(
     io_type: str = "float32",
     calibration: str = "min-max",
     verify_samples: int = 512,
+    sparse: bool = False,
 ) -> Artefact:
     """Write a model as a ``.tflite`` file or a SavedModel folder, run it, and compare it with the model.
 
@@ -98,6 +99,8 @@ def export(
             ``"int16"`` where activations have 16 bits.
         calibration: How ranges are chosen; see `dwindle.quantization.calibrate`.
         verify_samples: At most this many samples are compared.
+        sparse: Store weights of a ``.tflite`` in LiteRT's sparse encoding where that is smaller and LiteRT runs it; the
+            notes say what became of each. The file gets smaller, not faster (see `dwindle.exporting.sparse`).
 
     Returns:
         The verified file.
@@ -113,6 +116,8 @@ def export(
     if names_folder(path):
         if io_type != "float32":
             raise ConfigError(f"`io_type` is {io_type!r}, but a SavedModel has float inputs; leave it out")
+        if sparse:
+            raise ConfigError("`sparse` is True, but a SavedModel holds dense weights; name a .tflite")
         return _export_folder(model, check_output_folder(path), scheme, data, verify_samples)
     path = check_output_file(path, suffixes=(".tflite",))
     trained = getattr(model, "quantization", None)
@@ -142,6 +147,11 @@ def export(
             twin = simulate(content, chosen, ranges, name=model.name, weight_bounds=bounds)
             reference = "the simulation of the quantized file"
         notes += _float_operators(written)
+    if sparse:
+        from dwindle.exporting.sparse import notes_of, sparse_file
+
+        written, weights = sparse_file(written)
+        notes += notes_of(weights)
     verification = check(written, twin, inputs, bound, reference)
     require(verification, content, written, inputs)
     write_bytes(path, written)

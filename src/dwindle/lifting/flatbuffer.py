@@ -13,6 +13,7 @@ import numpy as np
 from ai_edge_litert import schema_py_generated as schema
 
 from dwindle.errors import UnsupportedModelError
+from dwindle.lifting.sparse_constants import densify
 
 _NAMES = {value: name for name, value in vars(schema.BuiltinOperator).items() if not name.startswith("_")}
 _DTYPES: dict[int, type[np.generic]] = {
@@ -42,12 +43,13 @@ class Tensor:
         shape: Sizes, the batch axis as the file has it.
         dtype: NumPy type of a value; int8 for the packed 4 and 2 bits.
         bits: Bits of one value as stored.
-        value: The constant, or None for an activation.
+        value: The constant, made dense where it is stored sparse; None for an activation.
         scale: Quantization scales (one or one per channel), or None.
         zero_point: Quantization zero points.
         axis: Axis that the scales run along.
         buffer: Number of its buffer.
         block: Values along the last axis that share a scale; 0 where scales run along ``axis``.
+        stored_bytes: Bytes of the constant's values as stored; of a sparse one, of those that are kept.
     """
 
     index: int
@@ -61,6 +63,7 @@ class Tensor:
     axis: int
     buffer: int
     block: int = 0
+    stored_bytes: int = 0
 
     @property
     def is_quantized(self) -> bool:
@@ -250,19 +253,24 @@ def _tensor(model: Any, index: int, tensor: Any) -> Tensor:
         shape=shape,
         dtype=dtype,
         bits=bits or np.dtype(dtype).itemsize * 8,
-        value=_constant(model.buffers[tensor.buffer], shape, dtype, bits),
+        value=_constant(model.buffers[tensor.buffer], shape, dtype, bits, tensor.sparsity),
         scale=scale,
         zero_point=zero_point,
         axis=int(quantization.quantizedDimension) if quantization is not None else 0,
         buffer=int(tensor.buffer),
         block=int(getattr(getattr(quantization, "details", None), "blockSize", 0) or 0),
+        stored_bytes=0 if model.buffers[tensor.buffer].data is None else len(model.buffers[tensor.buffer].data),
     )
 
 
-def _constant(buffer: Any, shape: tuple[int, ...], dtype: type[np.generic], bits: int | None) -> np.ndarray | None:
+def _constant(
+    buffer: Any, shape: tuple[int, ...], dtype: type[np.generic], bits: int | None, sparsity: Any
+) -> np.ndarray | None:
     if buffer is None or buffer.data is None or len(buffer.data) == 0 or dtype is np.void:
         return None
     raw = np.asarray(buffer.data, dtype=np.uint8)
+    if sparsity is not None and bits is None:
+        return densify(sparsity, raw.view(dtype), shape)
     size = int(np.prod(shape)) if shape else 1
     if bits is None:
         return raw.view(dtype)[:size].reshape(shape) if raw.size % np.dtype(dtype).itemsize == 0 else None

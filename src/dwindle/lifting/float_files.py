@@ -8,7 +8,6 @@ import numpy as np
 from ai_edge_litert import schema_py_generated as schema
 
 from dwindle.lifting.flatbuffer import Graph, Tensor, operator_name, parse, read_graph, serialize
-from dwindle.lifting.islands import compute_constant
 
 _WIDENING = {"DEQUANTIZE", "DENSIFY"}
 _STEPS = {"QUANTIZE", "DEQUANTIZE"}
@@ -29,7 +28,7 @@ def as_float(content: bytes) -> tuple[bytes, list[str]]:
     sparse = [n for n, t in enumerate(parse(content).subgraphs[0].tensors) if t.sparsity is not None]
     if plain and not sparse and not any(tensor.is_quantized for tensor in graph.tensors):
         return content, []
-    values = {index: _dense(content, index) for index in sparse}
+    values = {index: value for index in sparse if (value := graph.tensors[index].value) is not None}
     notes: dict[str, None] = {"sparse weights made dense": None} if sparse else {}
     dropped, alias = set(), {}
     for operation in graph.operations:
@@ -45,8 +44,7 @@ def as_float(content: bytes) -> tuple[bytes, list[str]]:
                     f"{'float16' if source.dtype == np.float16 else f'int{source.bits}'} weights widened to float32"
                 ] = None
             else:
-                found = compute_constant(content, operation)[0]
-                notes["sparse weights made dense"] = None
+                found = np.asarray(source.value)
             values[operation.outputs[0].index] = found
             dropped.add(operation.index)
         elif operation.name in _STEPS and source is not None:
@@ -68,30 +66,6 @@ def _real(tensor: Tensor, value: np.ndarray) -> np.ndarray:
     zero = np.ravel(tensor.zero_point)
     point = zero.reshape(shape) if zero.size > 1 else zero[0]
     return np.asarray((value.astype(np.float64) - point) * scale, np.float32)
-
-
-def _dense(content: bytes, index: int) -> np.ndarray:
-    """Return a sparse constant as a dense array of its own type, by way of LiteRT's DENSIFY."""
-    model = parse(content)
-    given = model.subgraphs[0].tensors[index]
-    made = schema.TensorT()
-    made.shape, made.type, made.buffer, made.name = given.shape, given.type, 0, b"dense"
-    data = model.buffers[given.buffer]
-    given.buffer = 1
-    code = schema.OperatorCodeT()
-    code.builtinCode, code.deprecatedBuiltinCode, code.version = schema.BuiltinOperator.DENSIFY, 124, 1
-    operator = schema.OperatorT()
-    operator.inputs, operator.outputs = np.array([0], np.int32), np.array([1], np.int32)
-    operator.builtinOptionsType = schema.BuiltinOptions.DensifyOptions
-    operator.builtinOptions = schema.DensifyOptionsT()
-    main = schema.SubGraphT()
-    main.tensors, main.operators = [given, made], [operator]
-    main.inputs, main.outputs = np.array([], np.int32), np.array([1], np.int32)
-    small = schema.ModelT()
-    small.version, small.subgraphs, small.operatorCodes = 3, [main], [code]
-    small.buffers = [schema.BufferT(), data]
-    packed = serialize(small)
-    return compute_constant(packed, read_graph(packed).operations[0])[0]
 
 
 def _rewritten(

@@ -8,6 +8,9 @@ from typing import Any
 
 import numpy as np
 
+# What makes packed weights ready for use.
+_UNPACKING = ("DEQUANTIZE", "DENSIFY")
+
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
@@ -79,10 +82,12 @@ def inspect_file(path: str | Path) -> Inspection:
     rows = []
     for operation in graph.operations:
         constants = []
-        for tensor in operation.inputs if operation.name != "DEQUANTIZE" else ():
-            maker = None if tensor is None else makers.get(tensor.index)
-            # Weights may be stored packed, behind a DEQUANTIZE; they belong to the operator that uses them.
-            if tensor is not None and tensor.value is None and maker is not None and maker.name == "DEQUANTIZE":
+        for tensor in operation.inputs if operation.name not in _UNPACKING else ():
+            # Weights may be stored packed, behind such operators; they belong to the operator that uses them.
+            while tensor is not None and tensor.value is None:
+                maker = makers.get(tensor.index)
+                if maker is None or maker.name not in _UNPACKING:
+                    break
                 tensor = maker.inputs[0]
             if tensor is not None and tensor.value is not None and tensor.buffer not in seen:
                 seen.add(tensor.buffer)
@@ -96,7 +101,7 @@ def inspect_file(path: str | Path) -> Inspection:
                 index=operation.index, op=operation.name, name=operation.outputs[0].name,
                 output_shape=operation.outputs[0].shape,
                 parameters=sum(int(np.prod(t.shape)) for t in numbers),
-                size_bytes=sum(-(-int(np.prod(t.shape)) * t.bits // 8) for t in constants),
+                size_bytes=sum(t.stored_bytes for t in constants),
                 bits=0 if weight is None else weight.bits,
                 sparsity=0.0 if values is None else float((values == points).mean()),
                 distinct=0 if values is None else int(np.unique(values).size),
