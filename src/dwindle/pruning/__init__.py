@@ -10,16 +10,21 @@ import numpy as np
 
 from dwindle.attaching import attach, attached, weight_value
 from dwindle.errors import ConfigError, UnsupportedModelError, check_choice
+from dwindle.pruning.channel_groups import Group, Groups, groups
+from dwindle.pruning.channels import ChannelOptions, ChannelPlan, plan_channels, prune_channels
 from dwindle.pruning.masks import MagnitudeMask, keep_largest, removed_count
 from dwindle.pruning.regularization import L1Penalty
 from dwindle.pruning.schedules import Constant, PolynomialDecay, Schedule, schedule_from_dict
 from dwindle.weights import Slot, Transform, model_slots, select, walk_layers
 
-__all__ = ["Constant", "PolynomialDecay", "prune"]
+__all__ = [
+    "ChannelOptions", "ChannelPlan", "Constant", "Group", "Groups", "PolynomialDecay", "groups", "plan_channels",
+    "prune", "prune_channels",
+]  # fmt: skip
 
 CRITERIA = ("magnitude",)
 SCOPES = ("layer", "global")
-STRUCTURES = ("element",)
+STRUCTURES = ("element", "channel")
 
 
 def prune(
@@ -32,6 +37,8 @@ def prune(
     layers: str | Sequence[str] | None = None,
     *,
     l1: float = 0.0,
+    data: Any = None,
+    **channel_options: Any,
 ) -> keras.Model:
     """Return a twin of ``model`` in which a fraction of the weights is zero, and stays zero in training.
 
@@ -43,13 +50,16 @@ def prune(
     Args:
         model: A built functional or sequential model, nested and shared layers included; it is not changed.
         sparsity: Fraction of zeros in the pruned weights, in [0, 1). 0 with ``l1`` only regularizes.
-        structure: ``"element"``: single weights.
+        structure: ``"element"``: single weights. ``"channel"``: whole channels, which are cut out: the result is a
+            smaller model; see `dwindle.pruning.channels.prune_channels` for its criteria and options.
         criterion: ``"magnitude"``: the smallest ``|w|`` go first.
         scope: ``"layer"``: each weight tensor reaches the target; ``"global"``: all of them together do.
         schedule: A `Constant` or `PolynomialDecay`; None removes at once.
         layers: Shell-style patterns of layer names (``nested/layer`` in nested models). None: all dense, convolution
             and recurrent kernels; depthwise kernels and embeddings only when named.
         l1: Factor of an L1 penalty on the chosen weights while training.
+        data: Labelled samples, for criteria that need them.
+        **channel_options: With ``structure="channel"``, the options of `prune_channels`.
 
     Returns:
         A new model, not compiled, with the same names, inputs and outputs.
@@ -68,6 +78,15 @@ def prune(
     References:
         Han et al. 2015, arXiv 1506.02626; Zhu and Gupta 2017, arXiv 1710.01878.
     """
+    if structure == "channel":
+        if schedule is not None or l1 != 0:
+            raise ConfigError("`schedule` and `l1` act on single weights; with `structure` 'channel' leave them out")
+        criterion = "l2" if criterion == "magnitude" else criterion
+        return prune_channels(
+            model, sparsity, criterion=criterion, scope=scope, layers=layers, data=data, **channel_options
+        )
+    if channel_options:
+        raise ConfigError(f"`{next(iter(channel_options))}` is an option of `structure` 'channel' only")
     _check(sparsity, structure, criterion, scope, l1)
     if isinstance(schedule, dict):
         schedule = schedule_from_dict(schedule)

@@ -1,0 +1,83 @@
+"""Building the smaller model: the config with other sizes, and of each weight what is kept."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import keras
+import numpy as np
+
+from dwindle.graphs import graph_config
+from dwindle.pruning.analysis import Analysis, Kept
+from dwindle.weights import walk_layers
+
+
+def keeper(analysis: Analysis, removed: np.ndarray) -> Kept:
+    """Return the function from labels to the positions that stay when some channels go."""
+    gone = np.zeros(analysis.labels.count, bool)
+    gone[removed] = True
+    return lambda labels: np.flatnonzero(~gone[analysis.labels.resolve(labels)])
+
+
+def cut(model: keras.Model, analysis: Analysis, removed: np.ndarray) -> keras.Model:
+    """Build the model without some channels.
+
+    Args:
+        model: The model that was analysed; it is not changed.
+        analysis: What `analyse` found.
+        removed: The channels to remove: classes of labels.
+
+    Returns:
+        A new model of the same layers and names, not compiled. A lifted model becomes a plain functional one, which is
+        no longer tied to the file that it came from.
+    """
+    kept = keeper(analysis, removed)
+    config = dict(graph_config(model.get_config()))
+    cls = keras.Model if hasattr(model, "float_file") else type(model)
+    new = cls.from_config(_edited(config, "", analysis, kept))
+    if not new.built:
+        new.build(model.input_shape)
+    _copy(model, new, analysis, kept)
+    for (_, before), (_, after) in zip(walk_layers(model), walk_layers(new), strict=True):
+        after.trainable = before.trainable
+    return new
+
+
+def _edited(config: Mapping[str, Any], prefix: str, analysis: Analysis, kept: Kept) -> dict[str, Any]:
+    layers = []
+    for entry in config["layers"]:
+        entry = _unbuilt(entry)
+        inner = entry["config"]
+        path = f"{prefix}{inner.get('name') or entry.get('name')}"
+        if "layers" in inner:
+            entry["config"] = _edited(inner, f"{path}/", analysis, kept)
+        elif path in analysis.edits:
+            entry["config"] = analysis.edits[path](dict(inner), kept)
+        if any((path, number) in analysis.node_edits for number in range(len(entry.get("inbound_nodes") or ()))):
+            entry["inbound_nodes"] = [
+                analysis.node_edits[path, number](node, kept) if (path, number) in analysis.node_edits else node
+                for number, node in enumerate(entry["inbound_nodes"])
+            ]
+        layers.append(entry)
+    # A sequential model without an input layer remembers the shape that it was built for.
+    return {key: value for key, value in config.items() if key != "build_input_shape"} | {"layers": layers}
+
+
+def _unbuilt(data: Any) -> Any:
+    """Return a config without the shapes that layers, and layers inside layers, were built for."""
+    if isinstance(data, Mapping):
+        return {key: _unbuilt(value) for key, value in data.items() if key != "build_config"}
+    return type(data)(_unbuilt(value) for value in data) if isinstance(data, list | tuple) else data
+
+
+def _copy(model: keras.Model, new: keras.Model, analysis: Analysis, kept: Kept) -> None:
+    axes = {id(site.variable): site.axes for site in analysis.sites.values()}
+    layers = dict(walk_layers(new))
+    for path, old in walk_layers(model):
+        for before, after in zip(old.variables, layers[path].variables, strict=True):
+            value = keras.ops.convert_to_numpy(before)
+            for axis, labels in enumerate(axes.get(id(before), ())):
+                if labels is not None:
+                    value = np.take(value, kept(labels), axis=axis)
+            after.assign(value)
