@@ -33,6 +33,7 @@ _NAMES: dict[str, str] = {
     "compress": "dwindle.compressing.run",
     "distill": "dwindle.distillation",
     "export": "dwindle.exporting",
+    "factorize": "dwindle.factorization",
     "finalize": "dwindle.finalizing",
     "inspect_file": "dwindle.measuring",
     "inspect_model": "dwindle.measuring",
@@ -68,6 +69,7 @@ if TYPE_CHECKING:
     from dwindle.errors import VerificationError as VerificationError
     from dwindle.exporting import Artefact as Artefact
     from dwindle.exporting import export as export
+    from dwindle.factorization import factorize as factorize
     from dwindle.finalizing import finalize as finalize
     from dwindle.lifting import lift as lift
     from dwindle.loading import load as load
