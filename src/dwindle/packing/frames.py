@@ -1,0 +1,301 @@
+"""Frames of a packed file: pieces of up to 1 MiB, cut into segments; the same code writes and reads one.
+
+Everything that describes a frame, and all that adapts, goes through one arithmetic coder; numbers in lanes and raw bytes
+lie behind it. ``docs/packing.md`` has the format.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from dwindle.errors import DataError
+from dwindle.packing import lanes
+from dwindle.packing.coder import Coder, Decoder, Encoder
+from dwindle.packing.contexts import Structure, code_symbols
+from dwindle.packing.model import Mixer, Numbers, plain
+from dwindle.packing.scales import code_scaled
+
+LARGEST_FRAME = 1 << 20
+BYTES, PLANES, TABLE, SCALED = range(4)
+RAW, LANES, MIXED = range(3)
+# Fields of `Numbers`.
+_KIND, _LENGTH, _WIDTH, _ROTATED, _ROW, _METHOD, _LANES, _CLASSES, _DISTINCT = range(9)
+WIDTHS = (2, 4, 8, 16, 32, 64)
+
+
+class Plane(NamedTuple):
+    """How one plane of a segment is coded.
+
+    Attributes:
+        method: RAW, LANES or MIXED.
+        classes: Of LANES.
+        lane_bits: Binary logarithm of the number of lanes.
+        contexts: Which contexts of MIXED take part.
+        common: The most common number, of MIXED.
+    """
+
+    method: int
+    classes: lanes.Classes | None = None
+    lane_bits: int = 0
+    contexts: int = 0
+    common: int = 0
+
+
+class Segment(NamedTuple):
+    """How a piece of a frame is coded.
+
+    Attributes:
+        kind: BYTES, PLANES, TABLE or SCALED.
+        size: Its bytes.
+        bits: Bits of a number.
+        rotated: Whether the sign goes to the lowest place, so that a float's first plane is its exponent.
+        row: Numbers in a row.
+        planes: One for each plane.
+        table: The distinct numbers of TABLE.
+        distance: Of SCALED: how far back the vector begins that it is a multiple of.
+        factor: Of SCALED: the factor, as 32 bits.
+    """
+
+    kind: int
+    size: int
+    bits: int = 8
+    rotated: bool = False
+    row: int = 1
+    planes: tuple[Plane, ...] = ()
+    table: tuple[int, ...] = ()
+    distance: int = 0
+    factor: int = 0
+
+
+def numbers_of(raw: bytes, bits: int) -> np.ndarray:
+    """Return a segment's numbers, unsigned."""
+    if bits >= 8:
+        return np.frombuffer(raw, f"<u{bits // 8}")
+    whole = np.frombuffer(raw, np.uint8)
+    return np.stack([whole >> shift & ((1 << bits) - 1) for shift in range(0, 8, bits)], axis=1).reshape(-1)
+
+
+def bytes_of(numbers: np.ndarray, bits: int) -> bytes:
+    """Return the bytes of a segment's numbers."""
+    if bits >= 8:
+        return numbers.astype(f"<u{bits // 8}").tobytes()
+    parts = numbers.astype(np.uint8).reshape(-1, 8 // bits)
+    whole = np.zeros(len(parts), np.uint8)
+    for i in range(8 // bits):
+        whole |= parts[:, i] << (bits * i)
+    return whole.tobytes()
+
+
+def rotate(numbers: np.ndarray, bits: int, left: bool) -> np.ndarray:
+    """Return the numbers with their highest bit moved to the lowest place, or back."""
+    one, rest = numbers.dtype.type(1), numbers.dtype.type(bits - 1)
+    return numbers << one | numbers >> rest if left else numbers >> one | numbers << rest
+
+
+def planes_of(numbers: np.ndarray, bits: int) -> list[np.ndarray]:
+    """Return the bytes of the numbers by place, highest first; numbers below 8 bits are one plane."""
+    if bits <= 8:
+        return [numbers.astype(np.uint8)]
+    return [(numbers >> numbers.dtype.type(shift)).astype(np.uint8) for shift in range(bits - 8, -1, -8)]
+
+
+class Codec:
+    """What goes on from frame to frame: the mixer's table and the model of the structure.
+
+    Args:
+        table_bits: Binary logarithm of the cells of the mixer's table.
+    """
+
+    def __init__(self, table_bits: int) -> None:
+        self._mixer = Mixer(table_bits)
+        self._structure = Structure(self._mixer)
+
+    def encode(self, raw: bytes, segments: Sequence[Segment], place: int) -> tuple[bytes, bytes]:
+        """Return a frame's coded part and its plain part.
+
+        Args:
+            raw: The frame's bytes.
+            segments: How they are coded.
+            place: Where the frame begins in the file.
+        """
+        coder = Encoder()
+        body = bytearray()
+        numbers = Numbers()
+        begin = 0
+        for segment in segments:
+            self._header(coder, numbers, segment)
+            piece = raw[begin : begin + segment.size]
+            if segment.kind == BYTES:
+                for offset, value in enumerate(piece):
+                    self._structure.code(coder, place + begin + offset, value)
+            elif segment.kind == SCALED:
+                code_scaled(coder, numbers, raw[:begin], segment, piece)
+            else:
+                self._encode_planes(coder, numbers, body, segment, piece)
+            begin += segment.size
+        return coder.finish(), bytes(body)
+
+    def _encode_planes(
+        self, coder: Coder, numbers: Numbers, body: bytearray, segment: Segment, piece: bytes
+    ) -> None:
+        values = numbers_of(piece, segment.bits)
+        if segment.kind == TABLE:
+            values = np.searchsorted(np.asarray(segment.table, values.dtype), values).astype(np.uint8)
+            split, depth = [values], _depth(len(segment.table))
+        else:
+            if segment.rotated:
+                values = rotate(values, segment.bits, True)
+            split, depth = planes_of(values, segment.bits), min(segment.bits, 8)
+        for index, plane in enumerate(segment.planes):
+            body += self._encode_plane(coder, numbers, segment, depth, index, plane, split)
+
+    def _encode_plane(
+        self, coder: Coder, numbers: Numbers, segment: Segment, depth: int, index: int, plane: Plane,
+        split: list[np.ndarray],
+    ) -> bytes:  # fmt: skip
+        values = split[index]
+        numbers.number(coder, _METHOD, plane.method)
+        if plane.method == RAW:
+            return values.tobytes()
+        if plane.method == MIXED:
+            plain(coder, 3, plane.contexts)
+            plain(coder, depth, plane.common)
+            code_symbols(
+                coder, self._mixer, count=len(values), depth=depth, row=segment.row, plane=index, common=plane.common,
+                chosen=plane.contexts, groups=split[0].tolist() if index else None, values=values.tolist(),
+            )  # fmt: skip
+            return b""
+        if plane.classes is None:
+            raise ValueError("a plane in lanes needs classes")
+        numbers.number(coder, _LANES, plane.lane_bits)
+        numbers.number(coder, _CLASSES, len(plane.classes.levels) - 1)
+        groups = 256 if index else -(-len(values) // segment.row)
+        lanes.code_classes(coder, numbers, groups, depth, len(plane.classes.levels), plane.classes)
+        tables = np.stack([lanes.frequencies(levels) for levels in plane.classes.levels])
+        chosen = plane.classes.of_group[_groups(split[0] if index else None, len(values), segment.row)]
+        return lanes.encode(values, chosen, tables, 1 << plane.lane_bits)
+
+    def decode(self, coded: memoryview, body: memoryview, size: int, place: int) -> bytes:
+        """Return a frame's bytes.
+
+        Args:
+            coded: Its coded part.
+            body: Its plain part.
+            size: How many bytes it stands for.
+            place: Where it begins in the file.
+
+        Raises:
+            DataError: If the frame is broken.
+        """
+        coder = Decoder(coded)
+        numbers = Numbers()
+        raw = bytearray()
+        while len(raw) < size:
+            segment = self._header(coder, numbers, None)
+            if segment.size > size - len(raw):
+                raise DataError("a segment is larger than its frame")
+            if segment.kind == BYTES:
+                for _ in range(segment.size):
+                    raw.append(self._structure.code(coder, place + len(raw)))
+            elif segment.kind == SCALED:
+                raw += code_scaled(coder, numbers, bytes(raw), segment, None)
+            else:
+                piece, body = self._decode_planes(coder, numbers, body, segment)
+                raw += piece
+        coder.check_end()
+        if len(body):
+            raise DataError("a frame goes on after its last value")
+        return bytes(raw)
+
+    def _decode_planes(
+        self, coder: Coder, numbers: Numbers, body: memoryview, segment: Segment
+    ) -> tuple[bytes, memoryview]:
+        count = segment.size * 8 // segment.bits
+        split: list[np.ndarray] = []
+        if segment.kind == TABLE:
+            depth, planes = _depth(len(segment.table)), int(len(segment.table) > 1)
+        else:
+            depth, planes = min(segment.bits, 8), max(segment.bits // 8, 1)
+        for index in range(planes):
+            plane, body = self._decode_plane(coder, numbers, body, segment, depth, index, count, split)
+            split.append(plane)
+        kind = np.dtype(f"<u{max(segment.bits // 8, 1)}")
+        if segment.kind == TABLE:
+            index = split[0].astype(np.int64) if planes else np.zeros(count, np.int64)
+            if int(index.max()) >= len(segment.table):
+                raise DataError(f"number {int(index.max())} of a table of {len(segment.table)}")
+            return bytes_of(np.asarray(segment.table, kind)[index], segment.bits), body
+        values = np.zeros(count, kind)
+        for part in split:
+            values = values << kind.type(8) | part if planes > 1 else part
+        if segment.rotated:
+            values = rotate(values, segment.bits, False)
+        return bytes_of(values, segment.bits), body
+
+    def _decode_plane(
+        self, coder: Coder, numbers: Numbers, body: memoryview, segment: Segment, depth: int, index: int, count: int,
+        split: list[np.ndarray],
+    ) -> tuple[np.ndarray, memoryview]:  # fmt: skip
+        method = numbers.number(coder, _METHOD)
+        if method == RAW:
+            if depth != 8 or len(body) < count:
+                raise DataError("a frame ends before its last value")
+            return np.frombuffer(body[:count], np.uint8), body[count:]
+        if method == MIXED:
+            contexts, common = plain(coder, 3), plain(coder, depth)
+            if not contexts:
+                raise DataError("a plane has no context")
+            found = code_symbols(
+                coder, self._mixer, count=count, depth=depth, row=segment.row, plane=index, common=common,
+                chosen=contexts, groups=split[0].tolist() if index else None,
+            )  # fmt: skip
+            return np.asarray(found, np.uint8), body
+        if method != LANES:
+            raise DataError(f"a plane has method {method}")
+        lane_bits, classes = numbers.number(coder, _LANES), numbers.number(coder, _CLASSES) + 1
+        if lane_bits > lanes.MOST_LANE_BITS or classes > lanes.MOST_CLASSES:
+            raise DataError(f"a plane has {classes} classes and 2^{lane_bits} lanes")
+        groups = 256 if index else -(-count // segment.row)
+        found = lanes.code_classes(coder, numbers, groups, depth, classes)
+        tables = np.stack([lanes.frequencies(levels) for levels in found.levels])
+        chosen = found.of_group[_groups(split[0] if index else None, count, segment.row)]
+        values, taken = lanes.decode(body, count, chosen, tables, 1 << lane_bits)
+        return values, body[taken:]
+
+    def _header(self, coder: Coder, numbers: Numbers, given: Segment | None) -> Segment:
+        known = given or Segment(0, 1)
+        kind = numbers.number(coder, _KIND, known.kind)
+        size = numbers.number(coder, _LENGTH, known.size - 1) + 1
+        if kind == BYTES:
+            return Segment(kind, size)
+        if kind == SCALED:
+            distance, factor = numbers.number(coder, _ROW, known.distance), plain(coder, 32, known.factor)
+            return Segment(kind, size, 32, distance=distance, factor=factor)
+        if kind not in (PLANES, TABLE):
+            raise DataError(f"a segment is of kind {kind}")
+        width = numbers.number(coder, _WIDTH, WIDTHS.index(known.bits))
+        if width >= len(WIDTHS) or size * 8 % WIDTHS[width]:
+            raise DataError("a segment has no whole number of values")
+        bits = WIDTHS[width]
+        row = numbers.number(coder, _ROW, known.row - 1) + 1
+        if kind == TABLE:
+            distinct = numbers.number(coder, _DISTINCT, len(known.table) - 1) + 1
+            if distinct > 256:
+                raise DataError(f"a table has {distinct} values")
+            entries = known.table or (0,) * distinct
+            table = tuple(plain(coder, bits, entry) for entry in entries)
+            return Segment(kind, size, bits, row=row, table=table)
+        rotated = numbers.bit(coder, _ROTATED, 0, int(known.rotated))
+        return Segment(kind, size, bits, bool(rotated), row)
+
+
+def _depth(distinct: int) -> int:
+    """Return the bits of a place in a table."""
+    return (distinct - 1).bit_length()
+
+
+def _groups(first: np.ndarray | None, count: int, row: int) -> np.ndarray:
+    return np.arange(count) // row if first is None else first.astype(np.int64)

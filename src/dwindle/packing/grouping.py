@@ -1,0 +1,109 @@
+"""Choosing classes for groups of numbers: rows with alike distributions share a table. Only an encoder needs this."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from dwindle.packing.lanes import LEVEL_BITS, LEVELS, MOST_CLASSES, SCALE, Classes, frequencies
+
+_ROUNDS = 8
+_MOST_GROUPS = 1 << 16
+
+
+def histograms(symbols: np.ndarray, groups: np.ndarray, count: int, size: int) -> np.ndarray:
+    """Return how often each symbol is in each group, ``(groups, symbols)``."""
+    return np.bincount(groups * size + symbols, minlength=count * size).reshape(count, size)
+
+
+def levels_of(counts: np.ndarray) -> np.ndarray:
+    """Return the nearest levels of a table for counts of one class."""
+    total = max(int(counts.sum()), 1)
+    wanted = counts * (SCALE / total)
+    levels = np.asarray(LEVELS, np.float64)
+    found = np.searchsorted((levels[1:] + levels[:-1]) / 2, wanted)
+    found[(counts > 0) & (found == 0)] = 1
+    if not counts.any():
+        found[0] = 1
+    return found
+
+
+def estimate(counts: np.ndarray, of_group: np.ndarray, levels: np.ndarray) -> float:
+    """Return about how many bytes a plane takes: numbers, tables and classes.
+
+    Args:
+        counts: Histograms of the groups.
+        of_group: Their classes.
+        levels: Tables of the classes.
+    """
+    bits = 0.0
+    for number, table in enumerate(levels):
+        mine = counts[of_group == number].sum(axis=0)
+        used = mine > 0
+        chances = frequencies(table)[used] / SCALE
+        bits -= float((mine[used] * np.log2(chances)).sum())
+        changes = int((np.diff(table, prepend=0) != 0).sum())
+        bits += min(4.5 * changes + 0.3 * len(table), LEVEL_BITS * len(table)) + 8
+    sizes = np.bincount(of_group, minlength=len(levels))
+    sizes = sizes[sizes > 0]
+    if len(sizes) > 1:
+        bits -= float((sizes * np.log2(sizes / sizes.sum())).sum())
+    return bits / 8
+
+
+def adaptive_estimate(counts: np.ndarray) -> float:
+    """Return about how many bytes an adaptive code takes for one class: half a logarithm for each symbol learnt."""
+    total = counts.sum()
+    used = counts[counts > 0]
+    entropy = -(used * np.log2(used / total)).sum()
+    return float(entropy + 0.5 * len(used) * np.log2(total)) / 8
+
+
+def choose_classes(counts: np.ndarray) -> tuple[Classes, float]:
+    """Return classes and tables for which a plane is small, and about how many bytes it takes.
+
+    Groups are assigned to the table that codes them best and tables follow their groups, in turns, for 1, 2, 4, 8 and
+    16 classes.
+
+    Args:
+        counts: Histograms of the groups, ``(groups, symbols)``.
+    """
+    groups = len(counts)
+    everything = counts.sum(axis=0)
+    best = Classes(np.zeros(groups, np.int64), levels_of(everything)[None])
+    least = estimate(counts, *best)
+    if groups == 1 or groups > _MOST_GROUPS:
+        return best, least
+    number = 2
+    while number <= min(MOST_CLASSES, groups):
+        found = _classes(counts, everything, number)
+        size = estimate(counts, *found)
+        if size < least:
+            best, least = found, size
+        elif size > 1.02 * least:
+            break
+        number *= 2
+    return best, least
+
+
+def _classes(counts: np.ndarray, everything: np.ndarray, number: int) -> Classes:
+    totals = np.maximum(counts.sum(axis=1), 1)
+    chances = (counts + 0.5) / (totals + 0.5 * counts.shape[1])[:, None]
+    order = np.argsort(-(chances * np.log2(chances)).sum(axis=1), kind="stable")
+    of_group = np.empty(len(counts), np.int64)
+    of_group[order] = np.arange(len(counts)) * number // len(counts)
+    prior = (everything / everything.sum() + 1e-4)[None]
+    shares = counts.astype(np.float64)
+    for _ in range(_ROUNDS):
+        table = _sums(shares, of_group, number) + prior
+        lengths = -np.log2(table / table.sum(axis=1, keepdims=True))
+        found = (shares @ lengths.T).argmin(axis=1)
+        if (found == of_group).all():
+            break
+        of_group = found
+    kept, of_group = np.unique(of_group, return_inverse=True)
+    sums = _sums(shares, of_group, len(kept))
+    return Classes(of_group, np.stack([levels_of(each) for each in sums]))
+
+
+def _sums(counts: np.ndarray, of_group: np.ndarray, number: int) -> np.ndarray:
+    return np.stack([counts[of_group == each].sum(axis=0) for each in range(number)])

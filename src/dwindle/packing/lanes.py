@@ -1,0 +1,169 @@
+"""Range asymmetric numeral systems over many interleaved states, which NumPy carries out side by side.
+
+Large planes are coded this way: probabilities do not adapt, but every group of numbers (a row, or all those with the
+same first plane) belongs to one of up to 16 classes, each with a table of its own.
+
+References:
+    Duda (2013), *Asymmetric numeral systems*, arXiv 1311.2540; Giesen (2014), *Interleaved entropy coders*, arXiv
+    1402.3392. Different from both: the number of lanes grows with the size, and tables are coded by the adaptive coder.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+
+from dwindle.errors import DataError
+from dwindle.packing.coder import Coder
+from dwindle.packing.model import Numbers
+
+SCALE_BITS = 14
+SCALE = 1 << SCALE_BITS
+LOWEST = 1 << 16
+MOST_CLASSES = 16
+MOST_LANE_BITS = 10
+MOST_GROUPS = 1 << 16
+
+
+def _levels() -> tuple[int, ...]:
+    found = {0}
+    for octave in range(SCALE_BITS + 1):
+        found |= {(4 + quarter << octave) // 4 for quarter in range(4)}
+    return tuple(sorted(level for level in found if level <= SCALE))
+
+
+# A table is sent in steps of a quarter octave: 0, 1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 14, 16, 20, ...
+LEVELS = _levels()
+LEVEL_BITS = 6
+# Fields of `Numbers`; `packing/frames.py` has those below 16.
+_CLASS_FIELD, _LEVEL_FIELD = 16, 32
+
+
+class Classes(NamedTuple):
+    """Which table each number of a plane has.
+
+    Attributes:
+        of_group: Class of each group.
+        levels: Places in `LEVELS`, ``(classes, symbols)``.
+    """
+
+    of_group: np.ndarray
+    levels: np.ndarray
+
+
+def frequencies(levels: np.ndarray) -> np.ndarray:
+    """Return the frequencies, which add up to 16384, that the levels of one table stand for.
+
+    Raises:
+        DataError: If no symbol has any.
+    """
+    weights = np.asarray(LEVELS, np.int64)[levels]
+    total = int(weights.sum())
+    if total == 0:
+        raise DataError("a table of frequencies is empty")
+    result = np.where(weights > 0, np.maximum(weights * SCALE // total, 1), 0)
+    rest = SCALE - int(result.sum())
+    largest = int(result.argmax())
+    if rest > 0:
+        result[largest] += rest
+    while rest < 0:
+        largest = int(result.argmax())
+        cut = min(-rest, int(result[largest]) // 2)
+        result[largest] -= cut
+        rest += cut
+    return result
+
+
+def code_classes(
+    coder: Coder, numbers: Numbers, groups: int, symbols_bits: int, classes: int, given: Classes | None = None
+) -> Classes:
+    """Code the class of each group, then each class's table.
+
+    Raises:
+        DataError: If what is read is no class or level.
+    """
+    of_group = np.zeros(groups, np.int64)
+    if classes > 1:
+        if groups > MOST_GROUPS:
+            raise DataError(f"classes of {groups} rows")
+        before = 0
+        for group in range(groups):
+            before = numbers.tree(coder, _CLASS_FIELD + before, 4, 0 if given is None else int(given.of_group[group]))
+            if before >= classes:
+                raise DataError(f"class {before} of {classes}")
+            of_group[group] = before
+    levels = np.zeros((classes, 1 << symbols_bits), np.int64)
+    for number in range(classes):
+        before = 0
+        for symbol in range(1 << symbols_bits):
+            before = numbers.tree(
+                coder, _LEVEL_FIELD + (before >> 2), LEVEL_BITS, 0 if given is None else int(given.levels[number, symbol])
+            )
+            if before >= len(LEVELS):
+                raise DataError(f"level {before} of {len(LEVELS)}")
+            levels[number, symbol] = before
+    return Classes(of_group, levels)
+
+
+def encode(symbols: np.ndarray, classes: np.ndarray, tables: np.ndarray, lanes: int) -> bytes:
+    """Return the states and words of a plane.
+
+    Args:
+        symbols: The numbers.
+        classes: The class of each.
+        tables: Frequencies, ``(classes, symbols)``.
+        lanes: How many states take turns.
+    """
+    below = np.cumsum(tables, axis=1) - tables
+    frequency = tables[classes, symbols].astype(np.uint64)
+    start = below[classes, symbols].astype(np.uint64)
+    state = np.full(lanes, LOWEST, np.uint64)
+    blocks: list[np.ndarray] = []
+    count = len(symbols)
+    for begin in range((count - 1) // lanes * lanes, -1, -lanes):
+        f = frequency[begin : begin + lanes]
+        x = state[: len(f)]
+        full = x >= f << np.uint64(32 - SCALE_BITS)
+        blocks.append((x[full] & np.uint64(0xFFFF)).astype("<u2"))
+        x = np.where(full, x >> np.uint64(16), x)
+        whole, rest = np.divmod(x, f)
+        state[: len(f)] = (whole << np.uint64(SCALE_BITS)) + rest + start[begin : begin + lanes]
+    return b"".join([state.astype("<u4").tobytes(), *(block.tobytes() for block in reversed(blocks))])
+
+
+def decode(data: memoryview, count: int, classes: np.ndarray, tables: np.ndarray, lanes: int) -> tuple[np.ndarray, int]:
+    """Return a plane's numbers, and how many bytes of ``data`` they took.
+
+    Raises:
+        DataError: If the data is too short, or the states do not end as they began.
+    """
+    if len(data) < 4 * lanes:
+        raise DataError("a frame ends before its last value")
+    state = np.frombuffer(data[: 4 * lanes], "<u4").astype(np.int64)
+    words = np.frombuffer(data[4 * lanes : len(data) - len(data) % 2], "<u2").astype(np.int64)
+    symbol_of = np.stack([np.repeat(np.arange(len(table)), table) for table in tables]).reshape(-1)
+    below = (np.cumsum(tables, axis=1) - tables).reshape(-1)
+    width = tables.shape[1]
+    flat = tables.reshape(-1)
+    result = np.empty(count, np.uint8)
+    first_slot, first_symbol = classes * SCALE, classes * width
+    place = 0
+    for begin in range(0, count, lanes):
+        end = min(begin + lanes, count)
+        x = state[: end - begin]
+        slot = x & (SCALE - 1)
+        symbol = symbol_of[first_slot[begin:end] + slot]
+        result[begin:end] = symbol
+        entry = first_symbol[begin:end] + symbol
+        x = flat[entry] * (x >> SCALE_BITS) + slot - below[entry]
+        empty = np.flatnonzero(x < LOWEST)
+        if empty.size:
+            if place + empty.size > len(words):
+                raise DataError("a frame ends before its last value")
+            x[empty] = x[empty] << 16 | words[place : place + empty.size]
+            place += empty.size
+        state[: end - begin] = x
+    if (state != LOWEST).any():
+        raise DataError("the values of a plane do not end where they should")
+    return result, 4 * lanes + 2 * place
