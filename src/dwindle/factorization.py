@@ -15,6 +15,7 @@ from dwindle.errors import ConfigError, UnsupportedModelError
 from dwindle.graph_editing import rebuilt, replace_refs
 from dwindle.low_rank_forms import FORMS, Form, forms_of
 from dwindle.low_rank_spectra import Candidate, Choice, Spectrum, points_of, spectrum_of, with_data
+from dwindle.model_samples import samples_for
 from dwindle.weights import check_model, model_slots, select, walk_layers
 
 ENERGY = 0.95
@@ -137,7 +138,7 @@ def factorize(
         raise UnsupportedModelError(f"`model` ({model.name}) is in quantized training; factorize first, then quantize")
     candidates, left = _candidates(model, layers)
     if data is not None and candidates:
-        candidates = with_data(model, candidates, _inputs(model, data, samples))
+        candidates = with_data(model, candidates, list(samples_for(model, data, samples).x))
     choices = _choose(model, candidates, energy, rank, parameters)
     twin = _rebuilt(model, {path: choice for path, choice in choices.items() if isinstance(choice, Choice)})
     rows = [*left, *(_row(candidates[path], choice) for path, choice in choices.items())]
@@ -221,19 +222,6 @@ def _forms(layer: Any, inside: Sequence[str]) -> list[Form]:
     if getattr(layer, "quantization_mode", None) or getattr(layer, "lora_enabled", False):
         raise UnsupportedModelError("Keras' own quantization or LoRA is on it")
     return forms_of(cls.__name__, layer.get_config(), keras.ops.convert_to_numpy(layer.kernel))
-
-
-def _inputs(model: keras.Model, data: Any, samples: int) -> list[np.ndarray]:
-    from dwindle.data import Data, Split, fit_to_model, read_data
-
-    if isinstance(data, list) and data and all(isinstance(item, np.ndarray) for item in data):
-        data = Data(
-            train=None, val=None, test=Split(x=tuple(data), y=None), source="arrays", class_names=None, sha256=""
-        )
-    dtypes = [keras.backend.standardize_dtype(tensor.dtype) for tensor in model.inputs]
-    given = fit_to_model(read_data(data), [tuple(t.shape[1:]) for t in model.inputs], None, input_dtypes=dtypes)
-    split = given.train or given.evaluation()
-    return [np.asarray(array) for array in split.take(samples).x]
 
 
 def _choose(
