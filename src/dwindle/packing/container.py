@@ -8,7 +8,8 @@ from typing import Any, BinaryIO
 
 from dwindle.errors import DataError
 from dwindle.packing import planning
-from dwindle.packing.frames import LARGEST_FRAME, Codec
+from dwindle.packing.engines import make_engine
+from dwindle.packing.frames import LARGEST_FRAME, LARGEST_PART, Codec
 from dwindle.packing.segments import Region
 
 MAGIC = b"DWZ\x01"
@@ -45,7 +46,7 @@ def packed(
         return piece
 
     yield checked(MAGIC + varint(total) + bytes([table_bits]))
-    codec = Codec(table_bits)
+    codec = Codec(make_engine(table_bits))
     raw_check = 0
     for pieces in planning.cut(total, regions):
         place = pieces[0][0]
@@ -78,14 +79,13 @@ def unpacked(stream: BinaryIO, say: Callable[[int, int], None] | None = None) ->
     table_bits = reader.take(1)[0]
     if not FEWEST_TABLE_BITS <= table_bits <= MOST_TABLE_BITS:
         raise DataError(f"it asks for a table of 2^{table_bits} cells")
-    codec = Codec(table_bits)
+    codec = Codec(make_engine(table_bits))
     done, check = 0, 0
     while size := reader.varint("frame"):
         if size > LARGEST_FRAME or size > total - done:
             raise DataError(f"a frame of {size} bytes is larger than what is left of the file")
         coded_size, body_size = reader.varint("frame"), reader.varint("frame")
-        # What a frame stores is never longer than what it stands for, by more than its description.
-        if coded_size > 2 * LARGEST_FRAME or body_size > 2 * LARGEST_FRAME:
+        if max(coded_size, body_size) > LARGEST_PART:
             raise DataError(f"a frame of {size} bytes takes {coded_size + body_size}")
         coded, body = reader.take(coded_size), reader.take(body_size)
         raw = codec.decode(memoryview(coded), memoryview(body), size, done)

@@ -13,15 +13,15 @@ import numpy as np
 
 from dwindle.errors import DataError
 from dwindle.packing import lanes
-from dwindle.packing.coder import Coder, Decoder, Encoder
-from dwindle.packing.contexts import Structure, code_symbols
-from dwindle.packing.model import Mixer, Numbers, plain
+from dwindle.packing.engines import Engine
 from dwindle.packing.scales import code_scaled
 
 LARGEST_FRAME = 1 << 20
+# What models give a likely bit costs up to eleven bits when it is the other: a frame may grow.
+LARGEST_PART = 1 << 24
 BYTES, PLANES, TABLE, SCALED = range(4)
 RAW, LANES, MIXED = range(3)
-# Fields of `Numbers`.
+# Fields of the engine's numbers.
 _KIND, _LENGTH, _WIDTH, _ROTATED, _ROW, _METHOD, _LANES, _CLASSES, _DISTINCT = range(9)
 WIDTHS = (2, 4, 8, 16, 32, 64)
 
@@ -103,15 +103,14 @@ def planes_of(numbers: np.ndarray, bits: int) -> list[np.ndarray]:
 
 
 class Codec:
-    """What goes on from frame to frame: the mixer's table and the model of the structure.
+    """Writes and reads frames; what the engine learns in one, it knows in the next.
 
     Args:
-        table_bits: Binary logarithm of the cells of the mixer's table.
+        engine: The coder and its models.
     """
 
-    def __init__(self, table_bits: int) -> None:
-        self._mixer = Mixer(table_bits)
-        self._structure = Structure(self._mixer)
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
 
     def encode(self, raw: bytes, segments: Sequence[Segment], place: int) -> tuple[bytes, bytes]:
         """Return a frame's coded part and its plain part.
@@ -121,26 +120,23 @@ class Codec:
             segments: How they are coded.
             place: Where the frame begins in the file.
         """
-        coder = Encoder()
+        engine = self._engine
+        engine.start_encoding()
         body = bytearray()
-        numbers = Numbers()
         begin = 0
         for segment in segments:
-            self._header(coder, numbers, segment)
+            self._header(segment)
             piece = raw[begin : begin + segment.size]
             if segment.kind == BYTES:
-                for offset, value in enumerate(piece):
-                    self._structure.code(coder, place + begin + offset, value)
+                engine.structure(place + begin, segment.size, piece)
             elif segment.kind == SCALED:
-                code_scaled(coder, numbers, raw[:begin], segment, piece)
+                code_scaled(engine, raw[:begin], segment, piece)
             else:
-                self._encode_planes(coder, numbers, body, segment, piece)
+                self._encode_planes(body, segment, piece)
             begin += segment.size
-        return coder.finish(), bytes(body)
+        return engine.finish(), bytes(body)
 
-    def _encode_planes(
-        self, coder: Coder, numbers: Numbers, body: bytearray, segment: Segment, piece: bytes
-    ) -> None:
+    def _encode_planes(self, body: bytearray, segment: Segment, piece: bytes) -> None:
         values = numbers_of(piece, segment.bits)
         if segment.kind == TABLE:
             values = np.searchsorted(np.asarray(segment.table, values.dtype), values).astype(np.uint8)
@@ -150,30 +146,29 @@ class Codec:
                 values = rotate(values, segment.bits, True)
             split, depth = planes_of(values, segment.bits), min(segment.bits, 8)
         for index, plane in enumerate(segment.planes):
-            body += self._encode_plane(coder, numbers, segment, depth, index, plane, split)
+            body += self._encode_plane(segment, depth, index, plane, split)
 
     def _encode_plane(
-        self, coder: Coder, numbers: Numbers, segment: Segment, depth: int, index: int, plane: Plane,
-        split: list[np.ndarray],
-    ) -> bytes:  # fmt: skip
+        self, segment: Segment, depth: int, index: int, plane: Plane, split: list[np.ndarray]
+    ) -> bytes:
         values = split[index]
-        numbers.number(coder, _METHOD, plane.method)
+        self._engine.number(_METHOD, plane.method)
         if plane.method == RAW:
             return values.tobytes()
         if plane.method == MIXED:
-            plain(coder, 3, plane.contexts)
-            plain(coder, depth, plane.common)
-            code_symbols(
-                coder, self._mixer, count=len(values), depth=depth, row=segment.row, plane=index, common=plane.common,
-                chosen=plane.contexts, groups=split[0].tolist() if index else None, values=values.tolist(),
+            self._engine.plain(3, plane.contexts)
+            self._engine.plain(depth, plane.common)
+            self._engine.symbols(
+                count=len(values), depth=depth, row=segment.row, plane=index, common=plane.common,
+                chosen=plane.contexts, groups=split[0] if index else None, values=values,
             )  # fmt: skip
             return b""
         if plane.classes is None:
             raise ValueError("a plane in lanes needs classes")
-        numbers.number(coder, _LANES, plane.lane_bits)
-        numbers.number(coder, _CLASSES, len(plane.classes.levels) - 1)
+        self._engine.number(_LANES, plane.lane_bits)
+        self._engine.number(_CLASSES, len(plane.classes.levels) - 1)
         groups = 256 if index else -(-len(values) // segment.row)
-        lanes.code_classes(coder, numbers, groups, depth, len(plane.classes.levels), plane.classes)
+        lanes.code_classes(self._engine, groups, depth, len(plane.classes.levels), plane.classes)
         tables = np.stack([lanes.frequencies(levels) for levels in plane.classes.levels])
         chosen = plane.classes.of_group[_groups(split[0] if index else None, len(values), segment.row)]
         return lanes.encode(values, chosen, tables, 1 << plane.lane_bits)
@@ -190,29 +185,26 @@ class Codec:
         Raises:
             DataError: If the frame is broken.
         """
-        coder = Decoder(coded)
-        numbers = Numbers()
+        engine = self._engine
+        engine.start_decoding(coded)
         raw = bytearray()
         while len(raw) < size:
-            segment = self._header(coder, numbers, None)
+            segment = self._header(None)
             if segment.size > size - len(raw):
                 raise DataError("a segment is larger than its frame")
             if segment.kind == BYTES:
-                for _ in range(segment.size):
-                    raw.append(self._structure.code(coder, place + len(raw)))
+                raw += engine.structure(place + len(raw), segment.size)
             elif segment.kind == SCALED:
-                raw += code_scaled(coder, numbers, bytes(raw), segment, None)
+                raw += code_scaled(engine, bytes(raw), segment, None)
             else:
-                piece, body = self._decode_planes(coder, numbers, body, segment)
+                piece, body = self._decode_planes(body, segment)
                 raw += piece
-        coder.check_end()
+        engine.check_end()
         if len(body):
             raise DataError("a frame goes on after its last value")
         return bytes(raw)
 
-    def _decode_planes(
-        self, coder: Coder, numbers: Numbers, body: memoryview, segment: Segment
-    ) -> tuple[bytes, memoryview]:
+    def _decode_planes(self, body: memoryview, segment: Segment) -> tuple[bytes, memoryview]:
         count = segment.size * 8 // segment.bits
         split: list[np.ndarray] = []
         if segment.kind == TABLE:
@@ -220,7 +212,7 @@ class Codec:
         else:
             depth, planes = min(segment.bits, 8), max(segment.bits // 8, 1)
         for index in range(planes):
-            plane, body = self._decode_plane(coder, numbers, body, segment, depth, index, count, split)
+            plane, body = self._decode_plane(body, segment, depth, index, count, split)
             split.append(plane)
         kind = np.dtype(f"<u{max(segment.bits // 8, 1)}")
         if segment.kind == TABLE:
@@ -236,59 +228,58 @@ class Codec:
         return bytes_of(values, segment.bits), body
 
     def _decode_plane(
-        self, coder: Coder, numbers: Numbers, body: memoryview, segment: Segment, depth: int, index: int, count: int,
-        split: list[np.ndarray],
-    ) -> tuple[np.ndarray, memoryview]:  # fmt: skip
-        method = numbers.number(coder, _METHOD)
+        self, body: memoryview, segment: Segment, depth: int, index: int, count: int, split: list[np.ndarray]
+    ) -> tuple[np.ndarray, memoryview]:
+        method = self._engine.number(_METHOD)
         if method == RAW:
             if depth != 8 or len(body) < count:
                 raise DataError("a frame ends before its last value")
             return np.frombuffer(body[:count], np.uint8), body[count:]
         if method == MIXED:
-            contexts, common = plain(coder, 3), plain(coder, depth)
+            contexts, common = self._engine.plain(3), self._engine.plain(depth)
             if not contexts:
                 raise DataError("a plane has no context")
-            found = code_symbols(
-                coder, self._mixer, count=count, depth=depth, row=segment.row, plane=index, common=common,
-                chosen=contexts, groups=split[0].tolist() if index else None,
+            symbols = self._engine.symbols(
+                count=count, depth=depth, row=segment.row, plane=index, common=common,
+                chosen=contexts, groups=split[0] if index else None,
             )  # fmt: skip
-            return np.asarray(found, np.uint8), body
+            return symbols, body
         if method != LANES:
             raise DataError(f"a plane has method {method}")
-        lane_bits, classes = numbers.number(coder, _LANES), numbers.number(coder, _CLASSES) + 1
+        lane_bits, classes = self._engine.number(_LANES), self._engine.number(_CLASSES) + 1
         if lane_bits > lanes.MOST_LANE_BITS or classes > lanes.MOST_CLASSES:
             raise DataError(f"a plane has {classes} classes and 2^{lane_bits} lanes")
         groups = 256 if index else -(-count // segment.row)
-        found = lanes.code_classes(coder, numbers, groups, depth, classes)
+        found = lanes.code_classes(self._engine, groups, depth, classes)
         tables = np.stack([lanes.frequencies(levels) for levels in found.levels])
         chosen = found.of_group[_groups(split[0] if index else None, count, segment.row)]
         values, taken = lanes.decode(body, count, chosen, tables, 1 << lane_bits)
         return values, body[taken:]
 
-    def _header(self, coder: Coder, numbers: Numbers, given: Segment | None) -> Segment:
+    def _header(self, given: Segment | None) -> Segment:
         known = given or Segment(0, 1)
-        kind = numbers.number(coder, _KIND, known.kind)
-        size = numbers.number(coder, _LENGTH, known.size - 1) + 1
+        kind = self._engine.number(_KIND, known.kind)
+        size = self._engine.number(_LENGTH, known.size - 1) + 1
         if kind == BYTES:
             return Segment(kind, size)
         if kind == SCALED:
-            distance, factor = numbers.number(coder, _ROW, known.distance), plain(coder, 32, known.factor)
+            distance, factor = self._engine.number(_ROW, known.distance), self._engine.plain(32, known.factor)
             return Segment(kind, size, 32, distance=distance, factor=factor)
         if kind not in (PLANES, TABLE):
             raise DataError(f"a segment is of kind {kind}")
-        width = numbers.number(coder, _WIDTH, WIDTHS.index(known.bits))
+        width = self._engine.number(_WIDTH, WIDTHS.index(known.bits))
         if width >= len(WIDTHS) or size * 8 % WIDTHS[width]:
             raise DataError("a segment has no whole number of values")
         bits = WIDTHS[width]
-        row = numbers.number(coder, _ROW, known.row - 1) + 1
+        row = self._engine.number(_ROW, known.row - 1) + 1
         if kind == TABLE:
-            distinct = numbers.number(coder, _DISTINCT, len(known.table) - 1) + 1
+            distinct = self._engine.number(_DISTINCT, len(known.table) - 1) + 1
             if distinct > 256:
                 raise DataError(f"a table has {distinct} values")
             entries = known.table or (0,) * distinct
-            table = tuple(plain(coder, bits, entry) for entry in entries)
+            table = tuple(self._engine.plain(bits, entry) for entry in entries)
             return Segment(kind, size, bits, row=row, table=table)
-        rotated = numbers.bit(coder, _ROTATED, 0, int(known.rotated))
+        rotated = self._engine.bit(_ROTATED, 0, int(known.rotated))
         return Segment(kind, size, bits, bool(rotated), row)
 
 

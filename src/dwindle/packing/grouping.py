@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 
-from dwindle.packing.lanes import LEVEL_BITS, LEVELS, MOST_CLASSES, SCALE, Classes, frequencies
+from dwindle.packing.lanes import LEVEL_BITS, LEVELS, MOST_CLASSES, MOST_GROUPS, SCALE, Classes, frequencies
 
 _ROUNDS = 8
-_MOST_GROUPS = 1 << 16
 
 
 def histograms(symbols: np.ndarray, groups: np.ndarray, count: int, size: int) -> np.ndarray:
@@ -71,7 +70,7 @@ def choose_classes(counts: np.ndarray) -> tuple[Classes, float]:
     everything = counts.sum(axis=0)
     best = Classes(np.zeros(groups, np.int64), levels_of(everything)[None])
     least = estimate(counts, *best)
-    if groups == 1 or groups > _MOST_GROUPS:
+    if groups == 1 or groups > MOST_GROUPS:
         return best, least
     number = 2
     while number <= min(MOST_CLASSES, groups):

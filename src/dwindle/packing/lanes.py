@@ -15,15 +15,14 @@ from typing import NamedTuple
 import numpy as np
 
 from dwindle.errors import DataError
-from dwindle.packing.coder import Coder
-from dwindle.packing.model import Numbers
+from dwindle.packing.engines import Engine
 
 SCALE_BITS = 14
 SCALE = 1 << SCALE_BITS
 LOWEST = 1 << 16
 MOST_CLASSES = 16
 MOST_LANE_BITS = 10
-MOST_GROUPS = 1 << 16
+MOST_GROUPS = 1 << 12
 
 
 def _levels() -> tuple[int, ...]:
@@ -36,7 +35,7 @@ def _levels() -> tuple[int, ...]:
 # A table is sent in steps of a quarter octave: 0, 1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 14, 16, 20, ...
 LEVELS = _levels()
 LEVEL_BITS = 6
-# Fields of `Numbers`; `packing/frames.py` has those below 16.
+# Fields of the engine; `packing/frames.py` has those below 16.
 _CLASS_FIELD, _LEVEL_FIELD = 16, 32
 
 
@@ -76,7 +75,7 @@ def frequencies(levels: np.ndarray) -> np.ndarray:
 
 
 def code_classes(
-    coder: Coder, numbers: Numbers, groups: int, symbols_bits: int, classes: int, given: Classes | None = None
+    engine: Engine, groups: int, symbols_bits: int, classes: int, given: Classes | None = None
 ) -> Classes:
     """Code the class of each group, then each class's table.
 
@@ -89,7 +88,7 @@ def code_classes(
             raise DataError(f"classes of {groups} rows")
         before = 0
         for group in range(groups):
-            before = numbers.tree(coder, _CLASS_FIELD + before, 4, 0 if given is None else int(given.of_group[group]))
+            before = engine.tree(_CLASS_FIELD + before, 4, 0 if given is None else int(given.of_group[group]))
             if before >= classes:
                 raise DataError(f"class {before} of {classes}")
             of_group[group] = before
@@ -97,8 +96,8 @@ def code_classes(
     for number in range(classes):
         before = 0
         for symbol in range(1 << symbols_bits):
-            before = numbers.tree(
-                coder, _LEVEL_FIELD + (before >> 2), LEVEL_BITS, 0 if given is None else int(given.levels[number, symbol])
+            before = engine.tree(
+                _LEVEL_FIELD + (before >> 2), LEVEL_BITS, 0 if given is None else int(given.levels[number, symbol])
             )
             if before >= len(LEVELS):
                 raise DataError(f"level {before} of {len(LEVELS)}")

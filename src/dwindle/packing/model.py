@@ -14,6 +14,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+from dwindle.errors import DataError
 from dwindle.packing.coder import Coder
 
 _M32 = 0xFFFFFFFF
@@ -137,7 +138,9 @@ class Numbers:
         length = 0
         while length < 32 and self.bit(coder, field, length, int(value.bit_length() > length + 1)):
             length += 1
-        rest = plain(coder, length, value & (1 << length) - 1) if length < 32 else 0
+        if length == 32:
+            raise DataError("a number in a frame is too large")
+        rest = plain(coder, length, value & (1 << length) - 1)
         return (1 << length | rest) - 1
 
     def tree(self, coder: Coder, field: int, bits: int, value: int = 0) -> int:

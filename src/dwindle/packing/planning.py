@@ -8,7 +8,7 @@ import numpy as np
 
 from dwindle.packing import frames, grouping
 from dwindle.packing.frames import BYTES, LARGEST_FRAME, LANES, MIXED, PLANES, RAW, SCALED, TABLE, Plane, Segment
-from dwindle.packing.lanes import MOST_LANE_BITS
+from dwindle.packing.lanes import MOST_GROUPS, MOST_LANE_BITS
 from dwindle.packing.scales import multiplied
 from dwindle.packing.segments import SHORTEST_BYTES, Region
 
@@ -23,7 +23,6 @@ _MOST_DISTINCT, _MOST_DISTINCT_BYTES = 256, 32
 _MOST_SCALES_BYTES = 1 << 16
 # What a neighbour says is lost in noise where a number takes nearly all of its bits.
 _NOISY = 0.9
-_MOST_GROUPS = 1 << 12
 
 
 
@@ -162,7 +161,7 @@ def _plane(symbols: np.ndarray, depth: int, row: int, first: np.ndarray | None) 
     if adaptive < LANES_FROM_BYTES:
         # Later planes may depend on the first one, which the estimate does not know.
         return (Plane(RAW), float(count)) if adaptive >= stored and count > 64 else (mixed, adaptive)
-    one_group = number > _MOST_GROUPS
+    one_group = number > MOST_GROUPS
     counts = everything[None] if one_group else grouping.histograms(symbols.astype(np.int64), groups, number, size)
     classes, estimate = grouping.choose_classes(counts)
     if one_group:

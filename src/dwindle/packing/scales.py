@@ -7,8 +7,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from dwindle.errors import DataError
-from dwindle.packing.coder import Coder
-from dwindle.packing.model import Numbers
+from dwindle.packing.engines import Engine
 
 if TYPE_CHECKING:
     from dwindle.packing.frames import Segment
@@ -40,12 +39,11 @@ def multiplied(values: np.ndarray, factor: int) -> np.ndarray:
     return np.where(ordinary, sign | exponent << 23 | mantissa, 0).astype(np.uint32)
 
 
-def code_scaled(coder: Coder, numbers: Numbers, before: bytes, segment: Segment, piece: bytes | None) -> bytes:
+def code_scaled(engine: Engine, before: bytes, segment: Segment, piece: bytes | None) -> bytes:
     """Code a vector by how far each number lies from the product, in steps of the last place.
 
     Args:
-        coder: Encoder or decoder.
-        numbers: The code of the differences.
+        engine: The coder of the differences.
         before: The frame's bytes before the segment.
         segment: Its size, factor and distance.
         piece: Its bytes, for an encoder.
@@ -64,7 +62,7 @@ def code_scaled(coder: Coder, numbers: Numbers, before: bytes, segment: Segment,
     result = np.empty(len(expected), np.int64)
     for place, value in enumerate(expected.astype(np.int64)):
         difference = 0 if actual is None else int(actual[place] - value + (1 << 31)) % (1 << 32) - (1 << 31)
-        folded = numbers.number(coder, _RESIDUAL_FIELD, difference * 2 if difference >= 0 else -difference * 2 - 1)
+        folded = engine.number(_RESIDUAL_FIELD, difference * 2 if difference >= 0 else -difference * 2 - 1)
         difference = folded // 2 if folded % 2 == 0 else -(folded + 1) // 2
         result[place] = (int(value) + difference) % (1 << 32)
     return result.astype("<u4").tobytes()

@@ -1,0 +1,77 @@
+/* The models of dwz.c in both directions, for dwindle's Python package, which compiles this where a compiler is found.
+ *
+ * SPDX-License-Identifier: Apache-2.0
+ */
+#define DWZ_ENCODER
+#include "dwz.c"
+
+#if defined(_WIN32)
+#define EXPORT __declspec(dllexport)
+#else
+#define EXPORT __attribute__((visibility("default")))
+#endif
+
+EXPORT size_t engine_bytes(void) { return sizeof(dwz_work); }
+
+EXPORT void engine_start(dwz_work *w, uint32_t *table, unsigned table_bits) { start(w, table, table_bits); }
+
+EXPORT void engine_encode(dwz_work *w, uint8_t *sink, size_t size) {
+    reset(w);
+    begin(w, sink, 0);
+    w->sink = sink;
+    w->sink_size = size;
+    w->sink_place = 0;
+}
+
+EXPORT void engine_decode(dwz_work *w, const uint8_t *in, size_t size) {
+    reset(w);
+    w->sink = NULL;
+    begin(w, in, size);
+}
+
+EXPORT uint32_t engine_number(dwz_work *w, unsigned field, uint32_t value) { return code_number(w, field, value); }
+
+EXPORT int engine_bit(dwz_work *w, unsigned field, unsigned place, int bit) { return code_bit(w, field, place, bit); }
+
+EXPORT uint32_t engine_tree(dwz_work *w, unsigned field, int bits, uint32_t value) {
+    return code_tree(w, field, bits, value);
+}
+
+EXPORT uint32_t engine_plain(dwz_work *w, int bits, uint32_t value) { return code_plain(w, bits, value); }
+
+EXPORT void engine_structure(dwz_work *w, uint64_t place, uint8_t *bytes, uint32_t count) {
+    uint32_t i;
+    for (i = 0; i < count && !w->error; i++) bytes[i] = code_byte(w, place + i, bytes[i]);
+}
+
+EXPORT void engine_symbols(dwz_work *w, uint8_t *symbols, const uint8_t *groups, uint32_t count, uint32_t row,
+                           uint32_t depth, uint32_t plane, uint32_t chosen, uint32_t common) {
+    plane_t p = {0};
+    p.out = symbols;
+    p.count = count;
+    p.row = row;
+    p.stride = 1;
+    p.depth = depth;
+    p.bits = 8;
+    p.groups = groups;
+    mixed(w, &p, plane, chosen, common);
+}
+
+/* Whether a decoder met the end too soon; and whether anything is left over. */
+EXPORT int engine_failed(const dwz_work *w) { return w->error; }
+
+EXPORT int engine_left_over(const dwz_work *w) { return w->in_place < w->in_size; }
+
+/* Write the last bytes; return how many bytes there are, more than the sink's size where they did not fit. */
+EXPORT size_t engine_finish(dwz_work *w) {
+    int kept, i;
+    for (kept = 0; kept <= 4; kept++) {
+        uint64_t step = (uint64_t)1 << (32 - 8 * kept), value = (w->low + step - 1) / step * step;
+        if (value <= w->high) {
+            for (i = 0; i < kept; i++, w->sink_place++)
+                if (w->sink_place < w->sink_size) w->sink[w->sink_place] = (uint8_t)(value >> (24 - 8 * i));
+            break;
+        }
+    }
+    return w->sink_place;
+}
