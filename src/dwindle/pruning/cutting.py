@@ -34,7 +34,11 @@ def cut(model: keras.Model, analysis: Analysis, removed: np.ndarray) -> keras.Mo
     """
     kept = keeper(analysis, removed)
     config = dict(graph_config(model.get_config()))
-    cls = keras.Model if hasattr(model, "float_file") else type(model)
+    lifted = hasattr(model, "float_file")
+    if lifted:  # its graph lists its inputs and outputs even where there is one
+        for name in ("input_layers", "output_layers"):
+            config[name] = config[name][0] if len(config[name]) == 1 else config[name]
+    cls = keras.Model if lifted else type(model)
     new = cls.from_config(_edited(config, "", analysis, kept))
     if not new.built:
         new.build(model.input_shape)

@@ -13,6 +13,7 @@ from typing import Any
 import keras
 
 from dwindle.graphs import graph_config
+from dwindle.graphs import outputs as output_names
 from dwindle.pruning.analysis import ENTRYWISE, Analysis, Kept, Value, activation_name, removable
 from dwindle.pruning.layer_rules import Place, rule_of
 from dwindle.pruning.trials import Trial, revive, tensors_in, values_in
@@ -43,7 +44,7 @@ def analyse(model: keras.Model) -> Analysis:
         ]
         config = graph_config(model.get_config())
         outputs = walk.model(model, config, "", inputs)
-        names = list(getattr(model, "output_names", [])) or [str(number) for number in range(len(outputs))]
+        names = list(output_names(config))
         for name, value in zip(names, outputs, strict=False):
             analysis.pin(value, f"output `{name}` of the model")
         return analysis

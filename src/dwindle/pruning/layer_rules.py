@@ -62,11 +62,11 @@ class Place:
         if key not in self.analysis.sites:
             self.analysis.sites[key] = Site(*key, variable, labels, tuple(role for _, role in full))
 
-    def edit(self, change: ConfigEdit) -> None:
-        """Say what a cut changes in the layer's config."""
+    def edit(self, change: ConfigEdit, what: str = "size") -> None:
+        """Say what a cut changes in the layer's config; said again at another call, it counts once."""
         analysis, inside = self.analysis, self.inside
         before = analysis.edits.get(self.path)
-        key = ("edit", self.path, inside)
+        key = ("edit", self.path, inside, what)
         if key in analysis._ties:
             return
         analysis._ties[key] = []
@@ -142,7 +142,7 @@ def convolution(place: Place, layer: Any, x: Value, **_: Any) -> Value:
         out = None if entering is None else np.repeat(entering, filters // groups)
         inner = None
         if entering is not None:
-            place.edit(counted("groups", entering))
+            place.edit(counted("groups", entering), "groups")
     elif groups > 1:
         out = np.tile(place.new("filters", filters // groups), groups)
         inner = None if entering is None else entering[:per_group]
