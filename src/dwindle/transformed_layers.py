@@ -32,6 +32,8 @@ class TransformedLayer:
                 raise UnsupportedModelError(f"layer `{self.name}` has no weight `{key}`")  # type: ignore[attr-defined]
             shape = tuple(int(size) for size in raw.shape)
             states[key] = [self._make_state(key, transform, shape) for transform in transforms]
+            for transform, state in zip(transforms, states[key], strict=True):
+                transform.prepare(raw, state)
             if owner is not self:
                 _view(owner, weight, functools.partial(self.effective, key))
         self.__dict__["_dwindle_states"] = states

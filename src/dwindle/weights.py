@@ -28,7 +28,8 @@ from dwindle.errors import ConfigError, UnsupportedModelError, did_you_mean
 TRANSFORM_KINDS: dict[str, str] = {
     "l1": "dwindle.pruning.regularization:L1Penalty",
     "keep_zeros": "dwindle.weights:KeepZeros",
-    "mask": "dwindle.pruning.masks:MagnitudeMask",
+    "mask": "dwindle.pruning.masks:Mask",
+    "proximal_l1": "dwindle.pruning.regularization:ProximalL1",
     "fake_quantize_bias": "dwindle.quantization.fake_quantization:FakeQuantizedBias",
     "fake_quantize": "dwindle.quantization.fake_quantization:FakeQuantizedWeight",
 }
@@ -64,6 +65,10 @@ class Transform:
         """Return the initial value of each state variable for a weight of this shape."""
         del shape
         return {}
+
+    def prepare(self, raw: Any, state: Mapping[str, Any]) -> None:
+        """Say what optimizers need to know of the raw variable or the state variables, once they are made."""
+        del raw, state
 
     def apply(self, weight: Any, state: Mapping[str, Any], layer: Any) -> Any:
         """Return the transformed weight (same shape and dtype); ``layer`` is the layer that carries it."""
