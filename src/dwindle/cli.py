@@ -76,6 +76,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_measure(commands)
     _add_blame(commands)
     _add_inspect(commands)
+    _add_pack(commands)
     _add_demo(commands)
     return parser
 
@@ -174,6 +175,19 @@ def _add_inspect(commands: Any) -> None:
     sub.add_argument("file", metavar="FILE", help="a .tflite, .keras or .h5 file")
     sub.add_argument("--json", action="store_true", help="print the table as JSON")
     sub.add_argument("--trust", action="store_true", help="let code in the model file run (Lambda layers)")
+
+
+def _add_pack(commands: Any) -> None:
+    for name, run, text, source, out in (
+        ("pack", _pack, "make a .tflite as small as it gets without a change", ".tflite", ".dwz"),
+        ("unpack", _unpack, "restore the .tflite that was packed, bit for bit", ".dwz", ".tflite"),
+    ):
+        sub = commands.add_parser(name, help=text)
+        sub.set_defaults(run=run)
+        sub.add_argument("file", metavar="FILE", help=f"the {source} file")
+        sub.add_argument("out", metavar="OUT", help=f"the {out} to write")
+        sub.add_argument("--force", action="store_true", help="write over OUT if it exists")
+        sub.add_argument("--json", action="store_true", help="print the result as JSON")
 
 
 def _add_demo(commands: Any) -> None:
@@ -445,6 +459,40 @@ def _inspect(options: argparse.Namespace) -> int:
         told = found.to_dict()
         print_inspection(told["rows"], {key: value for key, value in told.items() if key != "rows"})
     return MET
+
+
+def _pack(options: argparse.Namespace) -> int:
+    from dwindle.packing import pack
+
+    _check_free(options, ".dwz")
+    found = pack(options.file, options.out, progress=_progress("bytes"))
+    if options.json:
+        print(json.dumps(found.to_dict(), indent=2))
+    else:
+        print(f"{found.file}: {found.packed_bytes:,} bytes, {found.times_smaller:.2f} times smaller than "
+              f"{options.file} ({found.model_bytes:,} bytes); restored and compared")  # fmt: skip
+    return MET
+
+
+def _unpack(options: argparse.Namespace) -> int:
+    from dwindle.packing import unpack
+
+    _check_free(options, ".tflite")
+    found = unpack(options.file, options.out, progress=_progress("bytes"))
+    if options.json:
+        print(json.dumps(found.to_dict(), indent=2))
+    else:
+        print(f"{found.file}: {found.model_bytes:,} bytes, sha256 {found.model_sha256}")
+    return MET
+
+
+def _check_free(options: argparse.Namespace, suffix: str) -> None:
+    from dwindle.errors import ConfigError
+    from dwindle.files import check_output_file
+
+    out = check_output_file(options.out, suffixes=(suffix,))
+    if out.exists() and not options.force:
+        raise ConfigError(f"`{out}` exists; write over it with --force, or name another")
 
 
 def _demo(options: argparse.Namespace) -> int:

@@ -22,8 +22,8 @@ class Coder(Protocol):
 class Encoder:
     """Write bits as one number between two bounds that close in on each other.
 
-    The interval ``[low, high]`` is cut at ``low + ((high - low) * p >> 16)``: a one keeps the lower part. Bytes on which
-    both bounds agree are written. There is no carry, so a byte that is out never changes.
+    The interval ``[low, high]`` is cut at ``low + ((high - low) * p >> 16)``: a one keeps the lower part. Bytes in
+    which both bounds agree are written. There is no carry, so a byte that is out never changes.
 
     References:
         Witten, Neal and Cleary (1987), *Arithmetic coding for data compression*; the carry-less form with 32-bit bounds

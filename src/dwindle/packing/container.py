@@ -60,7 +60,9 @@ def packed(
     yield check.to_bytes(4, "little")
 
 
-def unpacked(stream: BinaryIO, say: Callable[[int, int], None] | None = None) -> Iterator[bytes]:
+def unpacked(
+    stream: BinaryIO, say: Callable[[int, int], None] | None = None, tell: Callable[[int], None] | None = None
+) -> Iterator[bytes]:
     """Yield the file that a packed one stands for, frame by frame.
 
     The caller keeps it only once all of it has come: the checksums are at the end.
@@ -68,6 +70,7 @@ def unpacked(stream: BinaryIO, say: Callable[[int, int], None] | None = None) ->
     Args:
         stream: The packed file, at its beginning, seekable.
         say: Called with the bytes done and the bytes in all.
+        tell: Called with the binary logarithm of the cells of the table of predictions.
 
     Raises:
         DataError: If it is no packed file, of another version, or damaged.
@@ -79,6 +82,8 @@ def unpacked(stream: BinaryIO, say: Callable[[int, int], None] | None = None) ->
     table_bits = reader.take(1)[0]
     if not FEWEST_TABLE_BITS <= table_bits <= MOST_TABLE_BITS:
         raise DataError(f"it asks for a table of 2^{table_bits} cells")
+    if tell is not None:
+        tell(table_bits)
     codec = Codec(make_engine(table_bits))
     done, check = 0, 0
     while size := reader.varint("frame"):
@@ -98,7 +103,8 @@ def unpacked(stream: BinaryIO, say: Callable[[int, int], None] | None = None) ->
         raise DataError(f"it holds {done} of {total} bytes")
     if check != int.from_bytes(reader.take(4), "little"):
         raise DataError("the restored file's checksum is wrong")
-    if len(reader.take(4)) != 4 or stream.read(1):
+    reader.take(4)
+    if stream.read(1):
         raise DataError("it goes on after its end")
 
 

@@ -6,6 +6,7 @@ from typing import Protocol
 
 import numpy as np
 
+from dwindle.packing import lanes as lanes_module
 from dwindle.packing import native
 from dwindle.packing.coder import Coder, Decoder, Encoder
 from dwindle.packing.contexts import Structure, code_symbols
@@ -44,6 +45,14 @@ class Engine(Protocol):
         values: np.ndarray | None = None,
     ) -> np.ndarray:  # fmt: skip
         """Code a plane's numbers (`code_symbols`)."""
+
+    def encode_lanes(self, symbols: np.ndarray, classes: np.ndarray, tables: np.ndarray, lanes: int) -> bytes:
+        """Return the states and words of a plane (`dwindle.packing.lanes.encode`)."""
+
+    def decode_lanes(
+        self, data: memoryview, classes: np.ndarray, tables: np.ndarray, lanes: int
+    ) -> tuple[np.ndarray, int]:
+        """Return a plane's numbers, and how many bytes they took (`dwindle.packing.lanes.decode`)."""
 
     def finish(self) -> bytes:
         """Return the coded part of an encoder's frame."""
@@ -117,6 +126,16 @@ class PythonEngine:
             groups=None if groups is None else groups.tolist(), values=None if values is None else values.tolist(),
         )  # fmt: skip
         return np.asarray(found, np.uint8)
+
+    def encode_lanes(self, symbols: np.ndarray, classes: np.ndarray, tables: np.ndarray, lanes: int) -> bytes:
+        """Return the states and words of a plane (`dwindle.packing.lanes.encode`)."""
+        return lanes_module.encode(symbols, classes, tables, lanes)
+
+    def decode_lanes(
+        self, data: memoryview, classes: np.ndarray, tables: np.ndarray, lanes: int
+    ) -> tuple[np.ndarray, int]:
+        """Return a plane's numbers, and how many bytes they took (`dwindle.packing.lanes.decode`)."""
+        return lanes_module.decode(data, classes, tables, lanes)
 
     def finish(self) -> bytes:
         """Return the coded part of an encoder's frame."""

@@ -1,7 +1,7 @@
 """Frames of a packed file: pieces of up to 1 MiB, cut into segments; the same code writes and reads one.
 
-Everything that describes a frame, and all that adapts, goes through one arithmetic coder; numbers in lanes and raw bytes
-lie behind it. ``docs/packing.md`` has the format.
+Everything that describes a frame, and all that adapts, goes through one arithmetic coder; numbers in lanes and raw
+bytes lie behind it. ``docs/packing.md`` has the format.
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ import numpy as np
 from dwindle.errors import DataError
 from dwindle.packing import lanes
 from dwindle.packing.engines import Engine
-from dwindle.packing.scales import code_scaled
+from dwindle.packing.scales import RowTable, code_row_tables, code_scaled
 
 LARGEST_FRAME = 1 << 20
 # What models give a likely bit costs up to eleven bits when it is the other: a frame may grow.
 LARGEST_PART = 1 << 24
-BYTES, PLANES, TABLE, SCALED = range(4)
+BYTES, PLANES, TABLE, SCALED, ROWS = range(5)
 RAW, LANES, MIXED = range(3)
 # Fields of the engine's numbers.
 _KIND, _LENGTH, _WIDTH, _ROTATED, _ROW, _METHOD, _LANES, _CLASSES, _DISTINCT = range(9)
@@ -48,13 +48,14 @@ class Segment(NamedTuple):
     """How a piece of a frame is coded.
 
     Attributes:
-        kind: BYTES, PLANES, TABLE or SCALED.
+        kind: BYTES, PLANES, TABLE, SCALED or ROWS.
         size: Its bytes.
         bits: Bits of a number.
         rotated: Whether the sign goes to the lowest place, so that a float's first plane is its exponent.
         row: Numbers in a row.
         planes: One for each plane.
-        table: The distinct numbers of TABLE.
+        table: The distinct numbers of TABLE, or those that the rows of ROWS are multiples of.
+        row_tables: Of ROWS, for an encoder.
         distance: Of SCALED: how far back the vector begins that it is a multiple of.
         factor: Of SCALED: the factor, as 32 bits.
     """
@@ -66,6 +67,7 @@ class Segment(NamedTuple):
     row: int = 1
     planes: tuple[Plane, ...] = ()
     table: tuple[int, ...] = ()
+    row_tables: tuple[RowTable, ...] = ()
     distance: int = 0
     factor: int = 0
 
@@ -92,7 +94,8 @@ def bytes_of(numbers: np.ndarray, bits: int) -> bytes:
 def rotate(numbers: np.ndarray, bits: int, left: bool) -> np.ndarray:
     """Return the numbers with their highest bit moved to the lowest place, or back."""
     one, rest = numbers.dtype.type(1), numbers.dtype.type(bits - 1)
-    return numbers << one | numbers >> rest if left else numbers >> one | numbers << rest
+    turned: np.ndarray = numbers << one | numbers >> rest if left else numbers >> one | numbers << rest
+    return turned
 
 
 def planes_of(numbers: np.ndarray, bits: int) -> list[np.ndarray]:
@@ -141,16 +144,18 @@ class Codec:
         if segment.kind == TABLE:
             values = np.searchsorted(np.asarray(segment.table, values.dtype), values).astype(np.uint8)
             split, depth = [values], _depth(len(segment.table))
+        elif segment.kind == ROWS:
+            split, depth = [places_of(values, segment)], _depth(len(segment.table))
         else:
             if segment.rotated:
                 values = rotate(values, segment.bits, True)
             split, depth = planes_of(values, segment.bits), min(segment.bits, 8)
         for index, plane in enumerate(segment.planes):
             body += self._encode_plane(segment, depth, index, plane, split)
+        if segment.kind == ROWS:
+            code_row_tables(self._engine, segment, len(segment.row_tables))
 
-    def _encode_plane(
-        self, segment: Segment, depth: int, index: int, plane: Plane, split: list[np.ndarray]
-    ) -> bytes:
+    def _encode_plane(self, segment: Segment, depth: int, index: int, plane: Plane, split: list[np.ndarray]) -> bytes:
         values = split[index]
         self._engine.number(_METHOD, plane.method)
         if plane.method == RAW:
@@ -171,7 +176,7 @@ class Codec:
         lanes.code_classes(self._engine, groups, depth, len(plane.classes.levels), plane.classes)
         tables = np.stack([lanes.frequencies(levels) for levels in plane.classes.levels])
         chosen = plane.classes.of_group[_groups(split[0] if index else None, len(values), segment.row)]
-        return lanes.encode(values, chosen, tables, 1 << plane.lane_bits)
+        return self._engine.encode_lanes(values, chosen, tables, 1 << plane.lane_bits)
 
     def decode(self, coded: memoryview, body: memoryview, size: int, place: int) -> bytes:
         """Return a frame's bytes.
@@ -207,19 +212,23 @@ class Codec:
     def _decode_planes(self, body: memoryview, segment: Segment) -> tuple[bytes, memoryview]:
         count = segment.size * 8 // segment.bits
         split: list[np.ndarray] = []
-        if segment.kind == TABLE:
+        tabled = segment.kind in (TABLE, ROWS)
+        if tabled:
             depth, planes = _depth(len(segment.table)), int(len(segment.table) > 1)
         else:
             depth, planes = min(segment.bits, 8), max(segment.bits // 8, 1)
-        for index in range(planes):
-            plane, body = self._decode_plane(body, segment, depth, index, count, split)
+        for number in range(planes):
+            plane, body = self._decode_plane(body, segment, depth, number, count, split)
             split.append(plane)
         kind = np.dtype(f"<u{max(segment.bits // 8, 1)}")
-        if segment.kind == TABLE:
-            index = split[0].astype(np.int64) if planes else np.zeros(count, np.int64)
-            if int(index.max()) >= len(segment.table):
-                raise DataError(f"number {int(index.max())} of a table of {len(segment.table)}")
-            return bytes_of(np.asarray(segment.table, kind)[index], segment.bits), body
+        if tabled:
+            places = split[0].astype(np.int64) if planes else np.zeros(count, np.int64)
+            if int(places.max()) >= len(segment.table):
+                raise DataError(f"number {int(places.max())} of a table of {len(segment.table)}")
+            if segment.kind == TABLE:
+                return bytes_of(np.asarray(segment.table, kind)[places], segment.bits), body
+            tables = code_row_tables(self._engine, segment, -(-count // segment.row))
+            return bytes_of(tables[np.arange(count) // segment.row, places], segment.bits), body
         values = np.zeros(count, kind)
         for part in split:
             values = values << kind.type(8) | part if planes > 1 else part
@@ -253,7 +262,7 @@ class Codec:
         found = lanes.code_classes(self._engine, groups, depth, classes)
         tables = np.stack([lanes.frequencies(levels) for levels in found.levels])
         chosen = found.of_group[_groups(split[0] if index else None, count, segment.row)]
-        values, taken = lanes.decode(body, count, chosen, tables, 1 << lane_bits)
+        values, taken = self._engine.decode_lanes(body, chosen, tables, 1 << lane_bits)
         return values, body[taken:]
 
     def _header(self, given: Segment | None) -> Segment:
@@ -265,22 +274,34 @@ class Codec:
         if kind == SCALED:
             distance, factor = self._engine.number(_ROW, known.distance), self._engine.plain(32, known.factor)
             return Segment(kind, size, 32, distance=distance, factor=factor)
-        if kind not in (PLANES, TABLE):
+        if kind not in (PLANES, TABLE, ROWS):
             raise DataError(f"a segment is of kind {kind}")
         width = self._engine.number(_WIDTH, WIDTHS.index(known.bits))
         if width >= len(WIDTHS) or size * 8 % WIDTHS[width]:
             raise DataError("a segment has no whole number of values")
         bits = WIDTHS[width]
         row = self._engine.number(_ROW, known.row - 1) + 1
-        if kind == TABLE:
+        if kind != PLANES:
             distinct = self._engine.number(_DISTINCT, len(known.table) - 1) + 1
-            if distinct > 256:
-                raise DataError(f"a table has {distinct} values")
+            if distinct > 256 or bits < 8 or (kind == ROWS and (bits != 32 or distinct > row)):
+                raise DataError(f"a table has {distinct} values of {bits} bits")
             entries = known.table or (0,) * distinct
             table = tuple(self._engine.plain(bits, entry) for entry in entries)
             return Segment(kind, size, bits, row=row, table=table)
         rotated = self._engine.bit(_ROTATED, 0, int(known.rotated))
+        if rotated and bits <= 8:
+            raise DataError(f"a sign is apart in values of {bits} bits")
         return Segment(kind, size, bits, bool(rotated), row)
+
+
+def places_of(values: np.ndarray, segment: Segment) -> np.ndarray:
+    """Return each number's place in its row's table."""
+    result = np.empty(len(values), np.uint8)
+    for number, (_, table) in enumerate(segment.row_tables):
+        line = slice(number * segment.row, (number + 1) * segment.row)
+        order = np.argsort(table, kind="stable")
+        result[line] = order[np.searchsorted(table[order], values[line])]
+    return result
 
 
 def _depth(distinct: int) -> int:

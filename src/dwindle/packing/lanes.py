@@ -10,12 +10,14 @@ References:
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
 from dwindle.errors import DataError
-from dwindle.packing.engines import Engine
+
+if TYPE_CHECKING:
+    from dwindle.packing.engines import Engine
 
 SCALE_BITS = 14
 SCALE = 1 << SCALE_BITS
@@ -37,6 +39,10 @@ LEVELS = _levels()
 LEVEL_BITS = 6
 # Fields of the engine; `packing/frames.py` has those below 16.
 _CLASS_FIELD, _LEVEL_FIELD = 16, 32
+
+
+TOO_SHORT = "a frame ends before its last value"
+NOT_AT_END = "the values of a plane do not end where they should"
 
 
 class Classes(NamedTuple):
@@ -74,9 +80,7 @@ def frequencies(levels: np.ndarray) -> np.ndarray:
     return result
 
 
-def code_classes(
-    engine: Engine, groups: int, symbols_bits: int, classes: int, given: Classes | None = None
-) -> Classes:
+def code_classes(engine: Engine, groups: int, symbols_bits: int, classes: int, given: Classes | None = None) -> Classes:
     """Code the class of each group, then each class's table.
 
     Raises:
@@ -108,19 +112,22 @@ def code_classes(
 def encode(symbols: np.ndarray, classes: np.ndarray, tables: np.ndarray, lanes: int) -> bytes:
     """Return the states and words of a plane.
 
+    Numbers of a class with one symbol only are known, and take no turn.
+
     Args:
         symbols: The numbers.
         classes: The class of each.
         tables: Frequencies, ``(classes, symbols)``.
         lanes: How many states take turns.
     """
+    coded = tables.max(axis=1)[classes] < SCALE
+    symbols, classes = symbols[coded], classes[coded]
     below = np.cumsum(tables, axis=1) - tables
     frequency = tables[classes, symbols].astype(np.uint64)
     start = below[classes, symbols].astype(np.uint64)
     state = np.full(lanes, LOWEST, np.uint64)
     blocks: list[np.ndarray] = []
-    count = len(symbols)
-    for begin in range((count - 1) // lanes * lanes, -1, -lanes):
+    for begin in range((len(symbols) - 1) // lanes * lanes, -1, -lanes):
         f = frequency[begin : begin + lanes]
         x = state[: len(f)]
         full = x >= f << np.uint64(32 - SCALE_BITS)
@@ -131,38 +138,47 @@ def encode(symbols: np.ndarray, classes: np.ndarray, tables: np.ndarray, lanes: 
     return b"".join([state.astype("<u4").tobytes(), *(block.tobytes() for block in reversed(blocks))])
 
 
-def decode(data: memoryview, count: int, classes: np.ndarray, tables: np.ndarray, lanes: int) -> tuple[np.ndarray, int]:
+def decode(data: memoryview, classes: np.ndarray, tables: np.ndarray, lanes: int) -> tuple[np.ndarray, int]:
     """Return a plane's numbers, and how many bytes of ``data`` they took.
+
+    Args:
+        data: States, words, and what follows.
+        classes: The class of each number.
+        tables: Frequencies, ``(classes, symbols)``.
+        lanes: How many states take turns.
 
     Raises:
         DataError: If the data is too short, or the states do not end as they began.
     """
     if len(data) < 4 * lanes:
-        raise DataError("a frame ends before its last value")
+        raise DataError(TOO_SHORT)
     state = np.frombuffer(data[: 4 * lanes], "<u4").astype(np.int64)
     words = np.frombuffer(data[4 * lanes : len(data) - len(data) % 2], "<u2").astype(np.int64)
+    result = tables.argmax(axis=1).astype(np.uint8)[classes]
+    coded = np.flatnonzero(tables.max(axis=1)[classes] < SCALE)
     symbol_of = np.stack([np.repeat(np.arange(len(table)), table) for table in tables]).reshape(-1)
     below = (np.cumsum(tables, axis=1) - tables).reshape(-1)
-    width = tables.shape[1]
     flat = tables.reshape(-1)
-    result = np.empty(count, np.uint8)
-    first_slot, first_symbol = classes * SCALE, classes * width
+    first_slot = classes[coded] * SCALE
+    first_symbol = classes[coded] * tables.shape[1]
+    found = np.empty(len(coded), np.uint8)
     place = 0
-    for begin in range(0, count, lanes):
-        end = min(begin + lanes, count)
+    for begin in range(0, len(coded), lanes):
+        end = min(begin + lanes, len(coded))
         x = state[: end - begin]
         slot = x & (SCALE - 1)
         symbol = symbol_of[first_slot[begin:end] + slot]
-        result[begin:end] = symbol
+        found[begin:end] = symbol
         entry = first_symbol[begin:end] + symbol
         x = flat[entry] * (x >> SCALE_BITS) + slot - below[entry]
-        empty = np.flatnonzero(x < LOWEST)
+        empty = (x < LOWEST).nonzero()[0]
         if empty.size:
             if place + empty.size > len(words):
-                raise DataError("a frame ends before its last value")
+                raise DataError(TOO_SHORT)
             x[empty] = x[empty] << 16 | words[place : place + empty.size]
             place += empty.size
         state[: end - begin] = x
     if (state != LOWEST).any():
-        raise DataError("the values of a plane do not end where they should")
+        raise DataError(NOT_AT_END)
+    result[coded] = found
     return result, 4 * lanes + 2 * place

@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 
 from dwindle.errors import DataError
+from dwindle.packing.lanes import NOT_AT_END, TOO_SHORT
 
 _SOURCES = Path(__file__).parent / "c"
 _LARGEST_PART = 1 << 24
@@ -70,24 +71,34 @@ def _compiled() -> Path:
 def _declared(found: ctypes.CDLL) -> ctypes.CDLL:
     """Return the library with the types of its functions set."""
     word, size, pointer, number = ctypes.c_uint32, ctypes.c_size_t, ctypes.c_void_p, ctypes.c_int
-    for name, result, *arguments in (
-        ("engine_bytes", size),
-        ("engine_start", None, pointer, pointer, word),
-        ("engine_encode", None, pointer, pointer, size),
-        ("engine_decode", None, pointer, pointer, size),
-        ("engine_number", word, pointer, word, word),
-        ("engine_bit", number, pointer, word, word, number),
-        ("engine_tree", word, pointer, word, number, word),
-        ("engine_plain", word, pointer, number, word),
-        ("engine_structure", None, pointer, ctypes.c_uint64, pointer, word),
-        ("engine_symbols", None, pointer, pointer, pointer, *[word] * 6),
-        ("engine_failed", number, pointer),
-        ("engine_left_over", number, pointer),
-        ("engine_finish", size, pointer),
-    ):
+    signatures: tuple[tuple[str, Any, list[Any]], ...] = (
+        ("engine_bytes", size, []),
+        ("engine_start", None, [pointer, pointer, word]),
+        ("engine_encode", None, [pointer, pointer, size]),
+        ("engine_decode", None, [pointer, pointer, size]),
+        ("engine_number", word, [pointer, word, word]),
+        ("engine_bit", number, [pointer, word, word, number]),
+        ("engine_tree", word, [pointer, word, number, word]),
+        ("engine_plain", word, [pointer, number, word]),
+        ("engine_structure", None, [pointer, ctypes.c_uint64, pointer, word]),
+        ("engine_symbols", None, [pointer, pointer, pointer, *[word] * 6]),
+        ("engine_encode_lanes", size, [*[pointer] * 3, word, pointer, *[word] * 3, pointer, size]),
+        ("engine_decode_lanes", size, [*[pointer] * 3, word, pointer, *[word] * 3, pointer, size]),
+        ("engine_failed", number, [pointer]),
+        ("engine_left_over", number, [pointer]),
+        ("engine_finish", size, [pointer]),
+    )
+    for name, result, arguments in signatures:
         function = getattr(found, name)
         function.restype, function.argtypes = result, arguments
     return found
+
+
+def _below(tables: np.ndarray) -> np.ndarray:
+    """Return the sums of the frequencies below each symbol, and all of them at the end."""
+    sums = np.zeros((len(tables), tables.shape[1] + 1), np.uint16)
+    sums[:, 1:] = np.cumsum(tables, axis=1)
+    return sums
 
 
 class NativeEngine:
@@ -155,11 +166,40 @@ class NativeEngine:
         buffer = np.zeros(count, np.uint8) if values is None else values.astype(np.uint8)
         first = None if groups is None else np.ascontiguousarray(groups, np.uint8)
         self._call.engine_symbols(
-            self._at, buffer.ctypes.data, None if first is None else first.ctypes.data, count, row, depth, plane, chosen,
-            common,
+            self._at, buffer.ctypes.data, None if first is None else first.ctypes.data, count, row, depth, plane,
+            chosen, common,
         )  # fmt: skip
         self._check()
         return buffer
+
+    def encode_lanes(self, symbols: np.ndarray, classes: np.ndarray, tables: np.ndarray, lanes: int) -> bytes:
+        """Return the states and words of a plane (`dwindle.packing.lanes.encode`)."""
+        below = _below(tables)
+        values, of = np.ascontiguousarray(symbols, np.uint8), np.ascontiguousarray(classes, np.uint8)
+        # A number takes one word at most, and words are written from the end.
+        sink = np.empty(4 * lanes + 2 * values.size, np.uint8)
+        begin = self._call.engine_encode_lanes(
+            self._at, values.ctypes.data, of.ctypes.data, values.size, below.ctypes.data, len(tables), below.shape[1],
+            lanes, sink.ctypes.data, sink.size,
+        )  # fmt: skip
+        return sink[begin:].tobytes()
+
+    def decode_lanes(
+        self, data: memoryview, classes: np.ndarray, tables: np.ndarray, lanes: int
+    ) -> tuple[np.ndarray, int]:
+        """Return a plane's numbers, and how many bytes they took (`dwindle.packing.lanes.decode`)."""
+        below = _below(tables)
+        of = np.ascontiguousarray(classes, np.uint8)
+        result, source = np.empty(of.size, np.uint8), np.frombuffer(data, np.uint8)
+        taken = self._call.engine_decode_lanes(
+            self._at, result.ctypes.data, of.ctypes.data, of.size, below.ctypes.data, len(tables), below.shape[1],
+            lanes, source.ctypes.data, source.size,
+        )  # fmt: skip
+        if taken == 0:
+            raise DataError(TOO_SHORT)
+        if taken == 1:
+            raise DataError(NOT_AT_END)
+        return result, int(taken)
 
     def finish(self) -> bytes:
         """Return the coded part of an encoder's frame."""
@@ -176,4 +216,4 @@ class NativeEngine:
 
     def _check(self) -> None:
         if self._call.engine_failed(self._at):
-            raise DataError("a frame ends before its last value")
+            raise DataError(TOO_SHORT)

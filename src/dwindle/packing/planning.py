@@ -7,9 +7,9 @@ from collections.abc import Iterator
 import numpy as np
 
 from dwindle.packing import frames, grouping
-from dwindle.packing.frames import BYTES, LARGEST_FRAME, LANES, MIXED, PLANES, RAW, SCALED, TABLE, Plane, Segment
+from dwindle.packing.frames import BYTES, LANES, LARGEST_FRAME, MIXED, PLANES, RAW, ROWS, SCALED, TABLE, Plane, Segment
 from dwindle.packing.lanes import MOST_GROUPS, MOST_LANE_BITS
-from dwindle.packing.scales import multiplied
+from dwindle.packing.scales import find_row_tables, nearest_factor
 from dwindle.packing.segments import SHORTEST_BYTES, Region
 
 # From this many bytes on a plane is coded in lanes: many times as fast, and what they cost is no longer seen.
@@ -21,9 +21,12 @@ _FEWEST_LANE_BITS = 4
 _STORED_FROM = 0.99
 _MOST_DISTINCT, _MOST_DISTINCT_BYTES = 256, 32
 _MOST_SCALES_BYTES = 1 << 16
+_MOST_CANDIDATES = 64
+# A row's table costs about 7 bytes.
+_NUMBERS_OF_A_ROW_TABLE = 24
+_MOST_IN_A_ROW = 64
 # What a neighbour says is lost in noise where a number takes nearly all of its bits.
 _NOISY = 0.9
-
 
 
 def cut(size: int, regions: list[Region]) -> Iterator[list[tuple[int, int, Region | None]]]:
@@ -95,22 +98,12 @@ def plan_frame(raw: bytes, place: int, pieces: list[tuple[int, int, Region | Non
 def _scaled(raw: bytes, begin: int, length: int, candidates: list[int]) -> Segment | None:
     """Return a segment for a vector that is an earlier one times a number, but for single steps of the last place."""
     mine = np.frombuffer(raw, "<u4", length // 4, begin)
-    for other in reversed(candidates[-64:]):
+    for other in reversed(candidates[-_MOST_CANDIDATES:]):
         if other + length > begin:
             continue
-        theirs = np.frombuffer(raw, "<u4", length // 4, other)
-        with np.errstate(all="ignore"):
-            quotients = mine.view("<f4").astype(np.float64) / theirs.view("<f4")
-        if not np.isfinite(quotients).all() or np.ptp(quotients) > 1e-6 * abs(quotients[0]):
-            continue
-        middle = np.float32(np.median(quotients)).view(np.uint32)
-        best = None
-        for factor in range(int(middle) - 4, int(middle) + 5):
-            away = np.abs(mine.astype(np.int64) - multiplied(theirs, factor).astype(np.int64))
-            if int(away.max()) <= 2 and (best is None or int(away.sum()) < best[0]):
-                best = int(away.sum()), factor
-        if best is not None:
-            return Segment(SCALED, length, 32, distance=begin - other, factor=best[1])
+        found = nearest_factor(mine, np.frombuffer(raw, "<u4", length // 4, other))
+        if found is not None:
+            return Segment(SCALED, length, 32, distance=begin - other, factor=found[0])
     return None
 
 
@@ -127,6 +120,8 @@ def plan_region(raw: bytes, region: Region) -> Segment:
     if region.bits < 8:
         return segment
     table = _distinct(numbers)
+    if len(table) > _MOST_DISTINCT and (rows := _rows(numbers, region)) is not None:
+        return rows
     if len(table) > (_MOST_DISTINCT_BYTES if region.bits == 8 else _MOST_DISTINCT):
         return segment
     index = np.searchsorted(table, numbers).astype(np.uint8)
@@ -138,6 +133,24 @@ def plan_region(raw: bytes, region: Region) -> Segment:
         TABLE, len(raw), region.bits, row=region.row, planes=() if plane is None else (plane,),
         table=tuple(int(value) for value in table),
     )  # fmt: skip
+
+
+def _rows(numbers: np.ndarray, region: Region) -> Segment | None:
+    """Return a segment for rows of few distinct numbers each, where all rows' are multiples of the same ones."""
+    row = region.row
+    if region.bits != 32 or not region.is_float or row < _NUMBERS_OF_A_ROW_TABLE or len(numbers) % row:
+        return None
+    found = find_row_tables(numbers, row, min(_MOST_IN_A_ROW, row // 2))
+    if found is None:
+        return None
+    table, rows = found
+    segment = Segment(
+        ROWS, 4 * len(numbers), 32, row=row, table=tuple(int(value) for value in table), row_tables=tuple(rows)
+    )  # fmt: skip
+    if len(table) == 1:
+        return segment
+    plane, _ = _plane(frames.places_of(numbers, segment), (len(table) - 1).bit_length(), row, None)
+    return segment._replace(planes=(plane,))
 
 
 def _distinct(numbers: np.ndarray) -> np.ndarray:

@@ -46,6 +46,10 @@ static uint32_t bit_length(uint32_t x) {
     return result;
 }
 
+static uint32_t get32(const uint8_t *at) {
+    return at[0] | (uint32_t)at[1] << 8 | (uint32_t)at[2] << 16 | (uint32_t)at[3] << 24;
+}
+
 /* ---- The coder ---- */
 
 static void begin(dwz_work *w, const uint8_t *in, size_t size) {
@@ -269,8 +273,19 @@ static uint32_t level(uint32_t i) { /* 0 1 2 3 4 5 6 7 8 10 12 14 16 20 ... 1638
     return i < 8 ? i : (4 + (i & 3u)) << ((i >> 2) - 1);
 }
 
+/* For each of 64 ranges of slots, the symbol that its first slot belongs to; and whether there is only one. */
+static void set_buckets(dwz_work *w, uint32_t number) {
+    const uint16_t *below = w->below[number];
+    uint32_t s = 0, bucket;
+    for (bucket = 0; bucket < 64; bucket++) {
+        while (below[s + 1] <= bucket << (SCALE_BITS - 6)) s++;
+        w->first[number][bucket] = (uint8_t)s;
+    }
+    w->known[number] = below[s + 1] - below[s] == (int)SCALE;
+}
+
 static int read_table(dwz_work *w, uint32_t number, uint32_t size) {
-    uint32_t before = 0, total = 0, sum = 0, s, largest, bucket;
+    uint32_t before = 0, total = 0, sum = 0, s, largest;
     uint16_t *f = w->below[number];
     for (s = 0; s < size; s++) {
         before = code_tree(w, F_LEVEL + (before >> 2), 6, 0);
@@ -304,11 +319,36 @@ static int read_table(dwz_work *w, uint32_t number, uint32_t size) {
         sum += mine;
     }
     f[size] = (uint16_t)SCALE;
-    for (s = 0, bucket = 0; bucket < 64; bucket++) {
-        while (f[s + 1] <= bucket << (SCALE_BITS - 6)) s++;
-        w->first[number][bucket] = (uint8_t)s;
-    }
+    set_buckets(w, number);
     return DWZ_OK;
+}
+
+static int read_states(dwz_work *w, uint32_t lanes, const uint8_t **at, const uint8_t *end) {
+    uint32_t i;
+    if ((size_t)(end - *at) < 4 * (size_t)lanes) return 0;
+    for (i = 0; i < lanes; i++, *at += 4) w->states[i] = get32(*at);
+    return 1;
+}
+
+static int next_symbol(dwz_work *w, uint32_t class_, uint32_t lanes, uint32_t *lane, uint8_t *symbol,
+                       const uint8_t **at, const uint8_t *end) {
+    const uint16_t *below = w->below[class_];
+    uint32_t x = w->states[*lane], slot = x & (SCALE - 1), s = w->first[class_][slot >> (SCALE_BITS - 6)];
+    if (w->known[class_]) { /* one symbol only: nobody's turn */
+        *symbol = w->first[class_][0];
+        return 1;
+    }
+    while (below[s + 1] <= slot) s++;
+    x = (uint32_t)(below[s + 1] - below[s]) * (x >> SCALE_BITS) + slot - below[s];
+    if (x < LOWEST) {
+        if (end - *at < 2) return 0;
+        x = x << 16 | (*at)[0] | (uint32_t)(*at)[1] << 8;
+        *at += 2;
+    }
+    w->states[*lane] = x;
+    *symbol = (uint8_t)s;
+    if (++*lane == lanes) *lane = 0;
+    return 1;
 }
 
 static int in_lanes(dwz_work *w, const plane_t *p, const uint8_t **body, size_t *body_size) {
@@ -329,25 +369,12 @@ static int in_lanes(dwz_work *w, const plane_t *p, const uint8_t **body, size_t 
     for (i = 0; i <= classes; i++)
         if (read_table(w, i, 1u << p->depth) != DWZ_OK) return DWZ_BROKEN;
     lanes = 1u << bits;
-    if ((size_t)(end - at) < 4 * (size_t)lanes) return DWZ_BROKEN;
-    for (i = 0; i < lanes; i++, at += 4)
-        w->states[i] = at[0] | (uint32_t)at[1] << 8 | (uint32_t)at[2] << 16 | (uint32_t)at[3] << 24;
+    if (!read_states(w, lanes, &at, end)) return DWZ_BROKEN;
     for (e = 0; e < p->count; e++) {
-        uint32_t x = w->states[lane], slot = x & (SCALE - 1), s;
-        const uint16_t *below;
+        uint8_t symbol;
         if (p->groups != NULL) mine = w->classes[p->groups[(size_t)e * p->stride]];
-        below = w->below[mine];
-        s = w->first[mine][slot >> (SCALE_BITS - 6)];
-        while (below[s + 1] <= slot) s++;
-        x = (uint32_t)(below[s + 1] - below[s]) * (x >> SCALE_BITS) + slot - below[s];
-        if (x < LOWEST) {
-            if (end - at < 2) return DWZ_BROKEN;
-            x = x << 16 | at[0] | (uint32_t)at[1] << 8;
-            at += 2;
-        }
-        w->states[lane] = x;
-        put(p, e, s);
-        if (++lane == lanes) lane = 0;
+        if (!next_symbol(w, mine, lanes, &lane, &symbol, &at, end)) return DWZ_BROKEN;
+        put(p, e, symbol);
         if (++column == p->row && classes) {
             column = 0;
             line++;
@@ -384,10 +411,6 @@ static int code_planes(dwz_work *w, plane_t *p, uint32_t planes, const uint8_t *
         if (w->error) return DWZ_BROKEN;
     }
     return DWZ_OK;
-}
-
-static uint32_t get32(const uint8_t *at) {
-    return at[0] | (uint32_t)at[1] << 8 | (uint32_t)at[2] << 16 | (uint32_t)at[3] << 24;
 }
 
 static void put_number(uint8_t *at, uint64_t value, uint32_t bytes) {

@@ -62,7 +62,7 @@ typedef struct {
     int32_t weights[257][3];
     uint8_t magnitudes[256];
     uint16_t below[16][257];
-    uint8_t first[16][64];
+    uint8_t first[16][64], known[16];
     uint8_t classes[DWZ_MOST_GROUPS];
     uint32_t states[DWZ_MOST_LANES];
     /* a table of distinct numbers */

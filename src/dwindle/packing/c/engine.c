@@ -57,6 +57,55 @@ EXPORT void engine_symbols(dwz_work *w, uint8_t *symbols, const uint8_t *groups,
     mixed(w, &p, plane, chosen, common);
 }
 
+static void set_tables(dwz_work *w, const uint16_t *below, uint32_t classes, uint32_t width) {
+    uint32_t i;
+    for (i = 0; i < classes; i++) {
+        memcpy(w->below[i], below + (size_t)i * width, width * sizeof *below);
+        set_buckets(w, i);
+    }
+}
+
+/* Fill `sink` from its end with states and words; return where they begin. */
+EXPORT size_t engine_encode_lanes(dwz_work *w, const uint8_t *symbols, const uint8_t *classes, uint32_t count,
+                                  const uint16_t *below, uint32_t number, uint32_t width, uint32_t lanes,
+                                  uint8_t *sink, size_t size) {
+    uint32_t lane = 0, i, e;
+    set_tables(w, below, number, width);
+    for (i = 0; i < lanes; i++) w->states[i] = LOWEST;
+    for (e = 0; e < count; e++) lane += !w->known[classes[e]];
+    lane %= lanes;
+    for (e = count; e-- > 0;) {
+        const uint16_t *table = w->below[classes[e]] + symbols[e];
+        uint32_t f = (uint32_t)(table[1] - table[0]), x;
+        if (w->known[classes[e]]) continue;
+        lane = (lane ? lane : lanes) - 1;
+        x = w->states[lane];
+        if (x >> (32 - SCALE_BITS) >= f) {
+            sink[--size] = (uint8_t)(x >> 8);
+            sink[--size] = (uint8_t)x;
+            x >>= 16;
+        }
+        w->states[lane] = (x / f << SCALE_BITS) + x % f + table[0];
+    }
+    for (i = lanes; i-- > 0;) put_number(sink + (size -= 4), w->states[i], 4);
+    return size;
+}
+
+/* Return how many bytes were read; 0 where there are too few, 1 where the states do not end as they began. */
+EXPORT size_t engine_decode_lanes(dwz_work *w, uint8_t *symbols, const uint8_t *classes, uint32_t count,
+                                  const uint16_t *below, uint32_t number, uint32_t width, uint32_t lanes,
+                                  const uint8_t *data, size_t size) {
+    const uint8_t *at = data, *end = data + size;
+    uint32_t lane = 0, i, e;
+    set_tables(w, below, number, width);
+    if (!read_states(w, lanes, &at, end)) return 0;
+    for (e = 0; e < count; e++)
+        if (!next_symbol(w, classes[e], lanes, &lane, &symbols[e], &at, end)) return 0;
+    for (i = 0; i < lanes; i++)
+        if (w->states[i] != LOWEST) return 1;
+    return (size_t)(at - data);
+}
+
 /* Whether a decoder met the end too soon; and whether anything is left over. */
 EXPORT int engine_failed(const dwz_work *w) { return w->error; }
 
