@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import keras
 import numpy as np
-
 import zoo
+
 from dwindle.pruning.channels import ChannelPlan
 from dwindle.weights import walk_layers
 
@@ -58,7 +58,11 @@ def _over_kept(layer, kept):
             parts = layer.groups if kind == "GroupNormalization" else 1
             shape = ops.shape(some)
             split = ops.reshape(some, (*shape[:-1], parts, len(kept) // parts))
-            axes = (-1,) if kind == "LayerNormalization" else tuple(a for a in range(1, len(shape) + 1) if a != len(shape) - 1)
+            axes = (
+                (-1,)
+                if kind == "LayerNormalization"
+                else tuple(a for a in range(1, len(shape) + 1) if a != len(shape) - 1)
+            )
             mean = ops.mean(split, axis=axes, keepdims=True)
             variance = ops.mean((split - mean) ** 2, axis=axes, keepdims=True)
             some = ops.reshape((split - mean) / ops.sqrt(variance + layer.epsilon), shape)

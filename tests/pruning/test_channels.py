@@ -5,11 +5,11 @@ from __future__ import annotations
 import keras
 import numpy as np
 import pytest
+from pruning_reference import difference
 from zoo import ZOO, samples, settle
 
 import dwindle as dw
 from dwindle.pruning import ChannelOptions, groups, plan_channels, prune_channels
-from pruning_reference import difference
 
 L = keras.layers
 #: Models in which every channel is needed, and the reason that is given.

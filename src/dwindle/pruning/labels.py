@@ -55,8 +55,9 @@ class Labels:
 
     def unite(self, first: np.ndarray, second: np.ndarray) -> None:
         """Unite two vectors of labels, position by position."""
-        pairs = np.unique(np.stack([self.resolve(first), self.resolve(second)]), axis=1)
-        for a, b in pairs.T.tolist():
+        first, second = self.resolve(first), self.resolve(second)
+        differ = first != second
+        for a, b in set(zip(first[differ].tolist(), second[differ].tolist(), strict=True)):
             self._unite(a, b)
 
     def _unite(self, a: int, b: int) -> None:

@@ -114,12 +114,11 @@ class Trial:
             self.analysis.ambiguous.setdefault(signature, found)
             axis = self.analysis.choices.get(signature, axis)
         across = np.moveaxis(codes, axis - 1, 0).reshape(codes.shape[axis - 1], -1)
-        vector = np.full(len(across), -1, np.int64)
-        for position, row in enumerate(across):
+        highest = across.max(axis=1)
+        vector = np.where(highest == NOTHING, -1, classes[highest - 1])
+        for row in across[((across != highest[:, None]) & (across != NOTHING)).any(axis=1)]:
             there = classes[np.unique(row[row != NOTHING]) - 1]
-            if len(there):
-                vector[position] = there[0]
-                labels.unite(there, np.full(len(there), there[0]))
+            labels.unite(there, np.full(len(there), there[0]))
         taken = next((other for owner, other in axes[axis] if owner == index), None)
         if taken is not None:
             # Two axes of one tensor become one, as in a flatten: only one of them can be cut.
