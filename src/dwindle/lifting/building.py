@@ -25,7 +25,7 @@ _KEEPS_GRID = {"MAX_POOL_2D", "RESHAPE", "SQUEEZE", "EXPAND_DIMS", "TRANSPOSE", 
                "DEPTH_TO_SPACE", "REVERSE_V2", "MIRROR_PAD", "TILE"}  # fmt: skip
 # How kernels round what they compute, where it is not halves to even.
 _ROUNDING = {"AVERAGE_POOL_2D": "away"}
-_KERNELS = {"CONV_2D", "DEPTHWISE_CONV_2D", "FULLY_CONNECTED"}
+_KERNELS = {"CONV_2D", "DEPTHWISE_CONV_2D", "FULLY_CONNECTED", "TRANSPOSE_CONV"}
 # Operators whose output has one grid, whatever the data.
 _OWN_GRID = {"SOFTMAX", "LOGISTIC", "TANH", "LOG_SOFTMAX", "L2_NORMALIZATION"}
 # Operators that keep a state from one run to the next; neither an entry nor an island can stand for them.
@@ -262,7 +262,8 @@ class Builder:
         """Return how the kernel that runs an operator rounds its output."""
         kernel = operation.inputs[1] if len(operation.inputs) > 1 else None
         stored = None if kernel is None else self.grids.weights.get(kernel.name)
-        operands = [self.grids.operands.get((operation.index, position)) for position in (0, 1)]
+        places = (2, 1) if operation.name == "TRANSPOSE_CONV" else (0, 1)
+        operands = [self.grids.operands.get((operation.index, position)) for position in places]
         if grid is None or grid.bits != 8:
             return {"rounding": _ROUNDING.get(operation.name, "even")}
         if operands[0] is None or operands[0].bits != 8:
@@ -350,6 +351,12 @@ class Builder:
             return None
         return (found[0], found[1], found[2]) if len(found) == 3 and self.ranges == "fixed" else None
 
+    def kept_scale(self, operation: Operation) -> float | None:
+        """Return the scale that an 8-bit operator's input and output share; else None."""
+        grid = self.grids.operands.get((operation.index, 0))
+        same = grid is not None and grid.bits == 8 and grid == self.grids.outputs.get((operation.index, 0))
+        return grid.scale if grid is not None and same and self.ranges == "fixed" else None
+
     def weights(self, layer: Any, **tensors: tuple[Tensor | None, str]) -> None:
         """Note which constants of the file fill which variables of a layer, and how they are laid out."""
         for variable, (tensor, layout) in tensors.items():
@@ -378,7 +385,9 @@ class Builder:
             slot = slots.get((link.layer, link.variable))
             if grid is None or slot is None:
                 continue
-            operand = self.grids.operands.get((self._operations[link.layer], 0))
+            number = self._operations[link.layer]
+            place = 2 if self.graph.operations[number].name == "TRANSPOSE_CONV" else 0
+            operand = self.grids.operands.get((number, place))
             scale = operand.scale if operand is not None and operand.bits == 8 and link.layer in biased else None
             bound = None
             if (grid.bound is not None or learned) and not grid.block and not grid.asymmetric:

@@ -100,8 +100,9 @@ class LiftedModel(keras.Model):
             scales = _kernel_scales(self.get_layer(source)) if source else np.ones(1, np.float32)
             step = np.float32(factor) * scales / np.float32(scale)
             layer = self.get_layer(name)
-            # Wide steps are far above what float arithmetic errs by, and stale ones would show.
-            layer.step.assign(np.broadcast_to(np.where(step < 0.05, step, 0.0), layer.step.shape).astype(np.float32))
+            # Wide steps are far above what float arithmetic errs by, and stale ones of trained weights would show.
+            kept = np.where((step < 0.05) | (not source), step, 0.0)
+            layer.step.assign(np.broadcast_to(kept, layer.step.shape).astype(np.float32))
             first = np.exp2(np.maximum(-np.frexp(step)[1], 0.0)).astype(np.float32)
             layer.first_step.assign(np.broadcast_to(first, layer.first_step.shape))
 

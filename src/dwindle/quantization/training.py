@@ -158,7 +158,7 @@ def simulate(
     graph = read_graph(content)
     grids = read_grids(content, write_quantized(content, scheme, ranges, weight_bounds=weight_bounds))
     for operation, choice in zip(graph.operations, assign(graph, scheme), strict=True):
-        for tensor in operation.inputs[1:2]:
+        for tensor in operation.inputs:
             if tensor is not None and tensor.name in grids.weights:
                 bound = (weight_bounds or {}).get(tensor.name)
                 grids.weights[tensor.name] = replace(

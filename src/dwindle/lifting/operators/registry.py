@@ -35,6 +35,10 @@ class Context(Protocol):
         """Return the scales of two operands and of the result where an 8-bit kernel computes on integers; else None."""
         ...
 
+    def kept_scale(self, operation: Operation) -> float | None:
+        """Return the scale that an 8-bit operator's input and output share; else None."""
+        ...
+
 
 Entry = Callable[[Context, Operation, list[Any]], Any]
 OPERATORS: dict[str, Entry] = {}

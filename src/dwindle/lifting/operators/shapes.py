@@ -21,6 +21,7 @@ from dwindle.lifting.operators.registry import (
     spatial,
     unsupported,
 )
+from dwindle.lifting.resizing import BilinearResize
 
 
 @operator("MAX_POOL_2D", "AVERAGE_POOL_2D")
@@ -137,10 +138,15 @@ def _resize(context: Context, operation: Operation, inputs: list[Any]) -> Any:
         whole = all(new % old == 0 for new, old in zip(size, before, strict=True))
         if operation.name == "RESIZE_BILINEAR" or not whole:
             raise unsupported(operation, "does not sample at half-pixel centres")
-    method = "bilinear" if operation.name == "RESIZE_BILINEAR" else "nearest"
-    return context.layer(keras.layers.Resizing, operation, height=size[0], width=size[1], interpolation=method)(
-        inputs[0]
-    )
+    if operation.name == "RESIZE_BILINEAR":
+        layer = context.layer(
+            BilinearResize, operation, height=size[0], width=size[1], scale=context.kept_scale(operation)
+        )
+    else:
+        layer = context.layer(
+            keras.layers.Resizing, operation, height=size[0], width=size[1], interpolation="nearest"
+        )  # fmt: skip
+    return layer(inputs[0])
 
 
 @operator("SPLIT", "SPLIT_V")
