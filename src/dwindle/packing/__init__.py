@@ -172,7 +172,8 @@ def _replacing(out: Path) -> Iterator[Path]:
         except OSError as error:
             raise _unwritable(out, error) from None
     finally:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink()
 
 
 def _write(temporary: Path, out: Path, pieces: Iterable[bytes]) -> None:

@@ -14,9 +14,9 @@ from dwindle.packing.segments import SHORTEST_BYTES, Region
 
 # From this many bytes on a plane is coded in lanes: many times as fast, and what they cost is no longer seen.
 LANES_FROM_BYTES = 8192
-# A lane costs about two bytes, so that one for 512 bytes adds 0.4%.
-_BYTES_OF_A_LANE = 512
-_FEWEST_LANE_BITS = 4
+# A lane costs about three bytes, so that one for 2048 bytes adds 0.15%.
+_BYTES_OF_A_LANE = 2048
+_FEWEST_LANE_BITS = 2
 # A plane that shrinks by less than 1% is stored.
 _STORED_FROM = 0.99
 _MOST_DISTINCT, _MOST_DISTINCT_BYTES = 256, 32
