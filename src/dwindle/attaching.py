@@ -188,7 +188,7 @@ def _transformed_entry(base: dict[str, Any], transforms: Mapping[str, Sequence[T
 def effective_weights(model: keras.Model) -> dict[tuple[str, str], np.ndarray]:
     """Map ``(layer path, weight key)`` to the transformed weight, for every weight with transforms."""
     return {
-        (path, key): keras.ops.convert_to_numpy(layer.effective(key))
+        (path, key): keras.ops.convert_to_numpy(layer.effective(key)) + 0.0  # a masked weight may be -0
         for path, layer in walk_layers(model)
         for key in layer.__dict__.get("_dwindle_transforms", {})
     }

@@ -406,7 +406,8 @@ def _squares_by_tap(owner: Any, inputs: np.ndarray) -> np.ndarray:
     found = loss_gradients(
         model, split, lambda _, outputs: keras.ops.sum(outputs), batch=len(inputs), variables=[kernel]
     )
-    return found[0][0]
+    squares: np.ndarray = found[0][0]
+    return squares
 
 
 def _unlabelled(model: keras.Model, data: Any, samples: int) -> Split:

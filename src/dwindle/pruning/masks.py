@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, ClassVar
 
@@ -46,7 +47,8 @@ def importance_mask(
     if blocked is not None:
         rating = np.where(blocked, np.inf, rating)
     keep = ~smallest(rating, removed)
-    return np.asarray(structure.spread(np, keep, importance.shape, outputs)) & ~gone
+    stays: np.ndarray = structure.spread(np, keep, importance.shape, outputs) & ~gone
+    return stays
 
 
 def rate_units(xp: Any, importance: Any, gone: Any, structure: Element, outputs: Sequence[int]) -> Any:
@@ -55,6 +57,23 @@ def rate_units(xp: Any, importance: Any, gone: Any, structure: Element, outputs:
     rating = structure.rate(xp, kept, outputs)
     alive = structure.rate(xp, xp.where(gone, 0.0, xp.ones_like(kept)), outputs)
     return xp.where(alive > 0, rating, -1.0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Plan:
+    """How the changes of one weight's mask are made: all by a selection of their own, or from rankings.
+
+    Attributes:
+        window: Changes that share a ranking; 0 where none do.
+        lead: 1 where the first change is made by a selection of its own.
+        most: Units that the largest change from a ranking removes.
+        length: Units that the changes of a window remove at most.
+    """
+
+    window: int = 0
+    lead: int = 0
+    most: int = 0
+    length: int = 0
 
 
 class Mask(Transform):
@@ -116,39 +135,46 @@ class Mask(Transform):
         return self.schedule is not None and self.schedule.regrow > 0
 
     @cached_property
-    def _counts(self) -> np.ndarray:
-        """Units removed after each change of the mask; movement may bring units back, so its counts start anew."""
+    def _changes(self) -> tuple[np.ndarray, np.ndarray]:
+        """The call at which each change of the mask is made, and the units removed after it.
+
+        Where removed units stay removed, changes that remove nothing are left out.
+        """
         if self.schedule is None:
-            return np.zeros(0, np.int32)
-        shares = self.schedule.share(self.schedule.steps())
-        counts = np.minimum(np.round(shares * self.removed), self.removed).astype(np.int32)
+            return np.zeros(0, np.int32), np.zeros(0, np.int32)
+        steps = self.schedule.steps()
+        counts = np.minimum(np.round(self.schedule.share(steps) * self.removed), self.removed).astype(np.int32)
         counts[-1] = self.removed
-        return np.maximum(counts, self.removed_before)
+        counts = np.maximum(counts, self.removed_before)
+        if self.rating != "movement" and not self._regrows:
+            real = np.diff(counts, prepend=self.removed_before) > 0
+            steps, counts = steps[real], counts[real]
+        return (steps * self.calls_per_step).astype(np.int32), counts
 
-    def _window(self, units: int) -> int:
-        """Return how many changes of the mask share one ranking."""
-        if self.schedule is None or self.rating == "movement" or self._regrows:
-            return 1
+    def _plan(self, units: int) -> _Plan:
+        """Say how the changes of a weight of so many units are made."""
+        changes = np.diff(self._changes[1], prepend=self.removed_before)
+        if self.schedule is None or self.rating == "movement" or self._regrows or not len(changes):
+            return _Plan()
         steps = min(LONGEST_WINDOW, -(-units // UNITS_PER_RANKING_STEP))
-        return max(1, min(len(self._counts), -(-steps // self.schedule.beat)))
-
-    def _most(self, changes: int) -> int:
-        """Return the most units that go in ``changes`` changes that share a ranking."""
-        before = np.concatenate([[self.removed_before], self._counts])
-        starts = np.arange(0, len(self._counts), changes)
-        ends = np.minimum(starts + changes, len(self._counts))
-        return int((before[ends] - before[starts]).max())
+        window = max(1, min(len(changes), -(-steps // self.schedule.beat)))
+        # A first change much larger than the others is made by itself.
+        lead = int(len(changes) > 1 and changes[0] > 4 * changes[1:].max())
+        rest = changes[lead:]
+        length = max(int(rest[begin : begin + window].sum()) for begin in range(0, len(rest), window))
+        ranked = window > 1 or length <= units // 64
+        return _Plan(window=window, lead=lead, most=int(rest.max()), length=length) if ranked else _Plan()
 
     def state(self, shape: tuple[int, ...]) -> dict[str, np.ndarray]:
         """Return the mask, and what the schedule and the rating need."""
         mask = np.ones(shape, bool) if self.mask is None else np.asarray(self.mask, bool)
         state: dict[str, np.ndarray] = {"mask": mask}
         if self.schedule is not None:
-            state["calls"] = np.zeros((), np.int32)
-            units = self.structure.units(shape, self.outputs)
-            window = self._window(units)
-            if window > 1:
-                state["queue"] = np.zeros((max(1, self._most(window)),), np.int32)
+            state["calls"] = np.zeros((1,), np.int32)
+            state["changes"] = np.zeros((1,), np.int32)
+            plan = self._plan(self.structure.units(shape, self.outputs))
+            if plan.window > 1:
+                state["queue"] = np.zeros((plan.window, plan.most), np.int32)
         if self.rating == "given" and self.schedule is not None:
             state["scores"] = (
                 np.zeros(shape, np.float32) if self.scores is None else np.asarray(self.scores, np.float32)
@@ -182,19 +208,15 @@ class Mask(Transform):
         if self.schedule is None:
             return
         ops = keras.ops
-        calls = state["calls"]
-        step = calls.value
-        if self.calls_per_step > 1:
-            step = ops.floor_divide(calls.value, self.calls_per_step)
-        due = self.schedule.is_due(step)
-        if self.calls_per_step > 1:
-            due = ops.logical_and(due, ops.equal(calls.value % self.calls_per_step, 0))
-        names = [name for name in ("mask", "queue", "offset") if name in state]
+        calls, changes = state["calls"], state["changes"].value
+        due_at = ops.convert_to_tensor(np.append(self._changes[0], np.int32(-1)))
+        due = ops.reshape(ops.equal(calls.value, ops.slice(due_at, changes, (1,))), ())
+        names = [name for name in ("mask", "changes", "queue", "offset") if name in state]
         weight = ops.stop_gradient(ops.convert_to_tensor(weight))
         before = {name: ops.convert_to_tensor(state[name].value) for name in names}
 
         def change() -> list[Any]:
-            changed = {**before, **self._changed(weight, state, before, self.schedule.number(step))}  # type: ignore[union-attr]
+            changed = {**before, **self._changed(weight, state, before), "changes": before["changes"] + 1}
             return [changed[name] for name in names]
 
         after = ops.cond(due, change, lambda: [before[name] for name in names])
@@ -202,63 +224,89 @@ class Mask(Transform):
             state[name].assign(value)
         calls.assign(calls.value + 1)
 
-    def _changed(self, weight: Any, state: Mapping[str, Any], before: Mapping[str, Any], number: Any) -> dict[str, Any]:
+    def _changed(self, weight: Any, state: Mapping[str, Any], before: Mapping[str, Any]) -> dict[str, Any]:
         """Return the new values of the variables that a change of the mask sets."""
         if self._regrows:
-            return self._regrown(weight, state, before, number)
-        shape = tuple(int(size) for size in weight.shape)
-        units = self.structure.units(shape, self.outputs)
-        window = self._window(units)
-        if window == 1 and (self.rating == "movement" or self._most(1) > units // 64):
-            wanted = keras.ops.take(keras.ops.convert_to_tensor(self._counts), number)
-            gone = smallest_in_graph(self._rated(weight, state, before["mask"], shape), wanted)
-            keep = self.structure.spread(keras.ops, keras.ops.logical_not(gone), shape, self.outputs)
-            if self.rating != "movement":
-                keep = keras.ops.logical_and(keep, before["mask"])
-            return {"mask": keep}
-        return self._next_in_rank(weight, state, before, number, window)
-
-    def _next_in_rank(
-        self, weight: Any, state: Mapping[str, Any], before: Mapping[str, Any], number: Any, window: int
-    ) -> dict[str, Any]:
-        """Remove the units next in rank; rank anew where a window begins."""
+            return self._regrown(weight, state, before)
         ops = keras.ops
         shape = tuple(int(size) for size in weight.shape)
-        length, most = max(1, self._most(window)), max(1, self._most(1))
-        counts = ops.convert_to_tensor(np.concatenate([[self.removed_before], self._counts]).astype(np.int32))
-        done, wanted = ops.take(counts, number), ops.take(counts, number + 1)
+        plan = self._plan(self.structure.units(shape, self.outputs))
+        if not plan.window:
+            return {"mask": self._selected(weight, state, before, shape)}
+        if not plan.lead:
+            return self._next_in_rank(weight, state, before, shape, plan)
+        names = ["mask", "queue"] if plan.window > 1 else ["mask"]
+
+        def first() -> list[Any]:
+            made = {**before, "mask": self._selected(weight, state, before, shape)}
+            return [made[name] for name in names]
+
+        def later() -> list[Any]:
+            made = self._next_in_rank(weight, state, before, shape, plan)
+            return [made[name] for name in names]
+
+        is_first = ops.reshape(ops.equal(before["changes"], 0), ())
+        return dict(zip(names, ops.cond(is_first, first, later), strict=True))
+
+    def _selected(
+        self, weight: Any, state: Mapping[str, Any], before: Mapping[str, Any], shape: tuple[int, ...]
+    ) -> Any:
+        """Return the mask without the least important units."""
+        ops = keras.ops
+        wanted = ops.reshape(ops.slice(ops.convert_to_tensor(self._changes[1]), before["changes"], (1,)), ())
+        gone = smallest_in_graph(self._rated(weight, state, before["mask"], shape), wanted)
+        keep = self.structure.spread(ops, ops.logical_not(gone), shape, self.outputs)
+        return keep if self.rating == "movement" else ops.logical_and(keep, before["mask"])
+
+    def _next_in_rank(
+        self,
+        weight: Any,
+        state: Mapping[str, Any],
+        before: Mapping[str, Any],
+        shape: tuple[int, ...],
+        plan: _Plan,
+    ) -> dict[str, Any]:
+        """Remove the units next in rank; rank anew where a window begins.
+
+        The queue has a row for each change of a window: the units that it removes, filled up with its first.
+        """
+        ops = keras.ops
+        changes = before["changes"]
+        counts = np.concatenate([[self.removed_before], self._changes[1], np.full(plan.window, self.removed)])
 
         def rank() -> Any:
             rating = self._rated(weight, state, before["mask"], shape)
-            return first_in_order(ops.where(rating < 0, float("inf"), rating), length)
+            order = first_in_order(ops.where(rating < 0, float("inf"), rating), plan.length)
+            ends = ops.slice(ops.convert_to_tensor(counts.astype(np.int32)), changes, (plan.window + 1,))
+            begins, places = ops.reshape(ends[:-1] - ends[:1], (-1, 1)), ops.arange(plan.most, dtype="int32")
+            places = ops.where(places < ops.reshape(ends[1:] - ends[:-1], (-1, 1)), begins + places, begins)
+            return ops.take(order, ops.minimum(places, plan.length - 1))
 
         new: dict[str, Any] = {}
-        if window == 1:
-            queue, begin = rank(), done
+        if plan.window == 1:
+            due = rank()
         else:
-            place = number % window
-            queue = new["queue"] = ops.cond(ops.equal(place, 0), rank, lambda: before["queue"])
-            begin = ops.take(counts, number - place)
-        # As many as the largest change takes; what this change does not take stands for its first once more.
-        due = ops.slice(ops.pad(queue, ((0, most),)), ops.reshape(done - begin, (1,)), (most,))
-        due = ops.where(ops.arange(most, dtype="int32") < wanted - done, due, due[:1])
+            place = (changes - plan.lead) % plan.window
+            queue = new["queue"] = ops.cond(ops.reshape(ops.equal(place, 0), ()), rank, lambda: before["queue"])
+            due = ops.slice(queue, ops.pad(place, ((0, 1),)), (1, plan.most))
         members = self.structure.members(shape, self.outputs)
         if members is not None:
-            due = ops.reshape(ops.take(ops.convert_to_tensor(members), due, axis=0), (-1,))
-        flat = ops.reshape(before["mask"], (-1,))
-        stays = ops.logical_and(ops.take(flat, due), ops.equal(wanted, done))
-        new["mask"] = ops.reshape(ops.scatter_update(flat, ops.expand_dims(due, 1), stays), shape)
+            due = ops.take(ops.convert_to_tensor(members), due, axis=0)
+        due = ops.reshape(due, (-1, 1))
+        flat = ops.scatter_update(ops.reshape(before["mask"], (-1,)), due, ops.zeros((due.shape[0],), "bool"))
+        new["mask"] = ops.reshape(flat, shape)
         return new
 
-    def _regrown(self, weight: Any, state: Mapping[str, Any], before: Mapping[str, Any], number: Any) -> dict[str, Any]:
+    def _regrown(self, weight: Any, state: Mapping[str, Any], before: Mapping[str, Any]) -> dict[str, Any]:
         """Drop more units than are due, and bring those with the largest gradient back, as zeros."""
         ops = keras.ops
         shape = tuple(int(size) for size in weight.shape)
         units = self.structure.units(shape, self.outputs)
         share = self.schedule.swapped()  # type: ignore[union-attr]
-        swapped = np.minimum(np.round(share * (units - self._counts)), units - 1 - self._counts).astype(np.int32)
-        wanted = ops.take(ops.convert_to_tensor(self._counts), number)
-        back = ops.take(ops.convert_to_tensor(swapped), number)
+        counts = self._changes[1]
+        swapped = np.minimum(np.round(share * (units - counts)), units - 1 - counts).astype(np.int32)
+        wanted = ops.reshape(ops.slice(ops.convert_to_tensor(counts), before["changes"], (1,)), ())
+        back = ops.reshape(ops.slice(ops.convert_to_tensor(swapped), before["changes"], (1,)), ())
         weight = weight - ops.convert_to_tensor(before["offset"])
         gone = smallest_in_graph(self._rated(weight, state, before["mask"], shape), wanted + back)
         slope = self.structure.rate(ops, ops.abs(ops.convert_to_tensor(state["gradient"].value)), self.outputs)
@@ -302,13 +350,13 @@ def _upstream(args: tuple[Any, ...], upstream: Any) -> Any:
 
 
 def _masked(weight: Any, mask: Any) -> Any:
-    """Return ``m w`` with gradient 1 by ``w``."""
+    """Return ``m w`` with gradient 1 by ``w``; a product takes TensorFlow half the time of a choice."""
 
     def masked(weight: Any) -> tuple[Any, Any]:
         def gradient(*args: Any, upstream: Any = None) -> Any:
             return _upstream(args, upstream)
 
-        return keras.ops.where(mask, weight, keras.ops.cast(0, weight.dtype)), gradient
+        return weight * keras.ops.cast(mask, weight.dtype), gradient
 
     return keras.ops.custom_gradient(masked)(_read(weight))
 

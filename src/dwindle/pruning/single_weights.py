@@ -150,7 +150,7 @@ def output_axes(layer: Any, slot: Slot) -> tuple[int, ...]:
 
 def _masked_away(model: keras.Model) -> dict[Key, np.ndarray]:
     """Map each weight with a mask to where it is removed."""
-    found = {}
+    found: dict[Key, np.ndarray] = {}
     for path, layer in walk_layers(model):
         for key in layer.__dict__.get("_dwindle_transforms", {}):
             for transform, state in layer.transforms_and_states(key):
