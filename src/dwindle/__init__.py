@@ -27,6 +27,7 @@ _NAMES: dict[str, str] = {
     "PolynomialDecay": "dwindle.pruning",
     "Result": "dwindle.compressing.run",
     "Scheme": "dwindle.quantization.schemes",
+    "Sensitivity": "dwindle.layer_sensitivity",
     "UnsupportedModelError": "dwindle.errors",
     "VerificationError": "dwindle.errors",
     "blame": "dwindle.blaming",
@@ -44,6 +45,7 @@ _NAMES: dict[str, str] = {
     "prune": "dwindle.pruning",
     "quantize": "dwindle.quantization.training",
     "read_data": "dwindle.data",
+    "sensitivity": "dwindle.layer_sensitivity",
     "shrink": "dwindle.shrinking",
 }
 
@@ -71,6 +73,8 @@ if TYPE_CHECKING:
     from dwindle.exporting import export as export
     from dwindle.factorization import factorize as factorize
     from dwindle.finalizing import finalize as finalize
+    from dwindle.layer_sensitivity import Sensitivity as Sensitivity
+    from dwindle.layer_sensitivity import sensitivity as sensitivity
     from dwindle.lifting import lift as lift
     from dwindle.loading import load as load
     from dwindle.measuring import Measurement as Measurement

@@ -75,6 +75,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_convert(commands)
     _add_measure(commands)
     _add_blame(commands)
+    _add_sensitivity(commands)
     _add_inspect(commands)
     _add_pack(commands)
     _add_demo(commands)
@@ -167,6 +168,24 @@ def _add_blame(commands: Any) -> None:
     sub.add_argument("--samples", type=int, default=1000, help="at most this many samples (default 1000)")
     sub.add_argument("--json", action="store_true", help="print the result as JSON")
     sub.add_argument("--plot", metavar="FILE", help="write a picture, an .svg")
+
+
+def _add_sensitivity(commands: Any) -> None:
+    sub = commands.add_parser("sensitivity", help="find out what pruning each layer by itself costs")
+    sub.set_defaults(run=_sensitivity)
+    sub.add_argument("model", metavar="MODEL", help=".keras, .h5, .tflite or a SavedModel folder")
+    _data_options(sub, required=True)
+    sub.add_argument("--sparsity", type=float, action="append", help="a fraction to remove; repeatable")
+    sub.add_argument("--structure", default="element", help="element (default), channel, a pattern such as 2:4")
+    sub.add_argument("--criterion", default=None, help="what goes first (default magnitude; of channels l2)")
+    sub.add_argument("--layers", action="append", metavar="PATTERN", help="only layers that match; repeatable")
+    sub.add_argument("--metric", default="accuracy", help="accuracy or another Keras metric (default accuracy)")
+    sub.add_argument("--samples", type=int, default=1000, help="at most this many samples (default 1000)")
+    sub.add_argument("--cache", default=".dwindle-cache", metavar="DIR", help="where figures are kept (%(default)s)")
+    sub.add_argument("--no-cache", action="store_true", help="keep nothing, and measure all anew")
+    sub.add_argument("--json", action="store_true", help="print the result as JSON")
+    sub.add_argument("--plot", metavar="FILE", help="write a picture, an .svg")
+    sub.add_argument("--trust", action="store_true", help="let code in the model file run (Lambda layers)")
 
 
 def _add_inspect(commands: Any) -> None:
@@ -427,6 +446,32 @@ def _blame(options: argparse.Namespace) -> int:
         print(json.dumps(found, indent=2))
     else:
         print_blame(found)
+    return MET
+
+
+def _sensitivity(options: argparse.Namespace) -> int:
+    from dwindle.data import read_data
+    from dwindle.files import check_output_file, write_text
+    from dwindle.reporting import print_sensitivity, sensitivity_svg
+
+    _check_exists(options.model)
+    plot = None if options.plot is None else check_output_file(options.plot, suffixes=(".svg",))
+    data = read_data(options.data, rescale=_factor(options.rescale))
+    _start_keras()
+    from dwindle.layer_sensitivity import sensitivity
+    from dwindle.loading import load
+
+    found = sensitivity(
+        load(options.model, trust=options.trust), data, sparsities=options.sparsity, structure=options.structure,
+        criterion=options.criterion, layers=options.layers, metric=options.metric, samples=options.samples,
+        cache=None if options.no_cache else options.cache, progress=_progress("figures"),
+    ).to_dict()  # fmt: skip
+    if plot is not None:
+        write_text(plot, sensitivity_svg(found))
+    if options.json:
+        print(json.dumps(found, indent=2))
+    else:
+        print_sensitivity(found)
     return MET
 
 

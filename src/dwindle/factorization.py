@@ -111,7 +111,8 @@ def factorize(
         samples: At most this many of them are used.
 
     Returns:
-        A new model, not compiled. Its attribute ``factorization`` is a `Factorization`: what was done, what was left.
+        A new model, not compiled. Its attribute ``factorization`` is a `Factorization`: what was done, what was left
+            and why; the latter is in its ``notes`` as well.
 
     Raises:
         ConfigError: For a value out of range, more than one target, a pattern that matches nothing, or a number of
@@ -147,6 +148,7 @@ def factorize(
         layers=tuple(sorted(rows, key=lambda row: order[row.layer])), parameters_before=model.count_params(),
         parameters_after=twin.count_params(),
     )  # fmt: skip
+    twin.notes = tuple(f"{row.layer} stays: {row.reason}" for row in twin.factorization.layers if row.reason)
     return twin
 
 

@@ -56,3 +56,15 @@ def outputs_of(model: keras.Model, x: Sequence[np.ndarray], *, batch_size: int =
         made = keras.tree.flatten(model(given, training=False))
         parts.append([np.asarray(keras.ops.convert_to_numpy(value)) for value in made])
     return [np.concatenate(each) for each in zip(*parts, strict=True)]
+
+
+def output_change(expected: Sequence[np.ndarray], found: Sequence[np.ndarray]) -> float:
+    """Return how far outputs are from what they were: KL divergence of probabilities, relative MSE of others."""
+    total = 0.0
+    for before, after in zip(expected, found, strict=True):
+        p, q = np.asarray(before, np.float64), np.asarray(after, np.float64)
+        if p.shape[-1] > 1 and p.min() >= 0 and np.allclose(p.sum(axis=-1), 1.0, atol=1e-3):
+            total += float((p * (np.log(p + 1e-12) - np.log(q + 1e-12))).sum(axis=-1).mean())
+        else:
+            total += float(((p - q) ** 2).mean() / max(float(p.var()), 1e-30))
+    return total

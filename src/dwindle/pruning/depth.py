@@ -13,7 +13,7 @@ import numpy as np
 from dwindle.errors import ConfigError, UnsupportedModelError, check_choice
 from dwindle.graph_editing import Ref, Taps, functional_config, rebuilt, redirected
 from dwindle.graph_editing import calls as calls_of
-from dwindle.model_samples import outputs_of, samples_for
+from dwindle.model_samples import output_change, outputs_of, samples_for
 from dwindle.pruning.residual_blocks import Block, residual_blocks
 from dwindle.weights import check_model, select
 
@@ -109,7 +109,8 @@ def drop_blocks(
         samples: At most this many samples are used.
 
     Returns:
-        A new model, not compiled. Its attribute ``depth`` is a `Depth`: what went, what could, and what can't and why.
+        A new model, not compiled. Its attribute ``depth`` is a `Depth`: what went, what could, and what can't and why,
+            as its ``notes`` say as well.
 
     Raises:
         ConfigError: For a value out of range, a criterion that needs data without any, a pattern that matches nothing,
@@ -162,6 +163,7 @@ def drop_blocks(
         dropped=tuple(dropped), kept=tuple(rated), pinned=pinned, parameters_before=model.count_params(),
         parameters_after=twin.count_params(),
     )  # fmt: skip
+    twin.notes = tuple(f"{block.name} stays: {block.pinned}" for block in pinned)
     return twin
 
 
@@ -292,7 +294,7 @@ def _rated(
     elif criterion == "similarity":
         values = _distances(model, units, gone, x or [])
     else:
-        difference = criterion if callable(criterion) else moved
+        difference = criterion if callable(criterion) else output_change
         values = [difference(expected, outputs_of(without(model, [*gone, *unit]), x or [])) for unit in units]
     rated = [
         RatedBlock(
@@ -302,18 +304,6 @@ def _rated(
         for unit, value in zip(units, values, strict=True)
     ]  # fmt: skip
     return sorted(rated, key=lambda each: each.importance)
-
-
-def moved(expected: Sequence[np.ndarray], found: Sequence[np.ndarray]) -> float:
-    """Return how far outputs are from what they were: KL divergence of probabilities, relative MSE of others."""
-    total = 0.0
-    for before, after in zip(expected, found, strict=True):
-        p, q = np.asarray(before, np.float64), np.asarray(after, np.float64)
-        if p.shape[-1] > 1 and p.min() >= 0 and np.allclose(p.sum(axis=-1), 1.0, atol=1e-3):
-            total += float((p * (np.log(p + 1e-12) - np.log(q + 1e-12))).sum(axis=-1).mean())
-        else:
-            total += float(((p - q) ** 2).mean() / max(float(p.var()), 1e-30))
-    return total
 
 
 def _distances(

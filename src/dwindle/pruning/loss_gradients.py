@@ -80,7 +80,8 @@ def loss_gradients(
 
 def _inputs(model: keras.Model, split: Split) -> Any:
     given = [keras.ops.convert_to_tensor(array) for array in split.x]
-    return keras.tree.pack_sequence_as(model.input, given) if isinstance(model.input, list | dict) else given[0]
+    structure = getattr(model, "input", None)  # a sequential model that was rebuilt from its config has none
+    return keras.tree.pack_sequence_as(structure, given) if isinstance(structure, list | dict) else given[0]
 
 
 def _tensorflow(model: Any, x: Any, y: Any, loss: Any, variables: Sequence[Any]) -> list[np.ndarray]:
