@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 WORKERS ?= 2
 
-.PHONY: help demo test lint format slow bench bench-applications bench-quantization examples docs lock clean
+.PHONY: help demo test lint format slow bench bench-applications bench-packing bench-quantization examples docs lock clean
 
 help:
 	@echo "make demo      train LeNet-5 on MNIST digits and compress it (a few minutes)"
@@ -55,6 +55,10 @@ bench: $(READY)
 
 bench-applications: $(READY)
 	$(BIN)/python benchmarks/applications.py
+
+# zstd and brotli take part where their packages are: pip install zstandard brotli.
+bench-packing: $(READY)
+	$(BIN)/python benchmarks/packing.py
 
 bench-quantization: $(READY)
 	$(BIN)/python benchmarks/quantization_accuracy.py --data $(MNIST) --data $(FASHION) $(if $(TFMOT),--tfmot $(TFMOT))
