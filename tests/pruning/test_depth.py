@@ -319,3 +319,20 @@ def test_the_result_trains_saves_and_exports(tmp_path):
 def test_bad_input_is_one_clear_sentence(arguments, message):
     with pytest.raises(dw.ConfigError, match=message):
         drop_blocks(chain(), **arguments)
+
+
+def test_prune_takes_depth_as_a_structure():
+    model = chain(4)
+    x = samples(model, 20)
+    for arguments in ({"sparsity": 0.5}, {"count": 2}, {}):
+        made = dw.prune(model, structure="depth", criterion="output", data=x, **arguments)
+        assert_same(outputs(made, x), outputs(drop_blocks(model, 2, data=x), x))
+    assert len(dw.prune(model, structure="depth", layers="add1").depth.dropped) == 1
+    for arguments, message in (
+        ({"l1": 0.1}, "`l1` acts on weights"),
+        ({"sparsity": 1.0}, r"`sparsity` is 1.0; .*share of the blocks"),
+        ({"cuont": 1}, "`cuont` is no option .*did you mean `count`"),
+        ({"sparsity": 0.5, "count": 1}, "both given"),
+    ):
+        with pytest.raises(dw.ConfigError, match=message):
+            dw.prune(model, structure="depth", **arguments)

@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import inspect
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import keras
 
-from dwindle.errors import ConfigError
+from dwindle.errors import ConfigError, did_you_mean
 from dwindle.pruning.channel_groups import Group, Groups, groups
 from dwindle.pruning.channels import ChannelOptions, ChannelPlan, plan_channels, prune_channels
 from dwindle.pruning.criteria import CRITERIA, Criterion
+from dwindle.pruning.depth import drop_blocks
 from dwindle.pruning.schedules import Constant, PolynomialDecay, Schedule
 from dwindle.pruning.single_weights import prune_weights
 
 __all__ = [
     "CRITERIA", "ChannelOptions", "ChannelPlan", "Constant", "Criterion", "Group", "Groups", "PolynomialDecay",
-    "Schedule", "groups", "plan_channels", "prune", "prune_channels",
+    "Schedule", "drop_blocks", "groups", "plan_channels", "prune", "prune_channels",
 ]  # fmt: skip
 
 
@@ -48,7 +50,8 @@ def prune(
         structure: ``"element"``: single weights. ``(rows, columns)``: blocks of the kernel as a matrix of inputs by
             outputs; of blocks, the sparsity counts blocks. ``"2:4"``: 2 zeros of each 4 neighbours along the input
             channels. ``"channel"``: whole channels, which are cut out: the result is a smaller model; see
-            `dwindle.pruning.channels.prune_channels` for its criteria and options.
+            `dwindle.pruning.channels.prune_channels` for its criteria and options. ``"depth"``: whole residual blocks,
+            of which the sparsity is a share; see `dwindle.pruning.depth.drop_blocks`.
         criterion: What goes first: a name in `dwindle.pruning.CRITERIA`, or one of its objects with settings, such as
             ``Taylor(samples=500)``. ``"magnitude"``; ``"l1"`` and ``"proximal"``, which train towards zeros;
             ``"movement"``, which learns in training; ``"taylor"``, ``"fisher"``, ``"snip"`` from labelled ``data``;
@@ -61,7 +64,8 @@ def prune(
         l1: Factor of an L1 penalty on the chosen weights while training.
         data: Samples, in any form that `dwindle.read_data` takes, for criteria that need them.
         loss: Loss for criteria that need one; None: the compiled one, else one that suits the labels.
-        **channel_options: With ``structure="channel"``, the options of `prune_channels`.
+        **channel_options: With ``structure="channel"``, the options of `prune_channels`; with ``"depth"``, those of
+            `drop_blocks`.
 
     Returns:
         A new model, not compiled, with the same names, inputs and outputs.
@@ -88,9 +92,42 @@ def prune(
             model, 0.8 if sparsity is None else sparsity, criterion=criterion, scope=scope, layers=layers, data=data,
             **({} if loss is None else {"loss": loss}), **channel_options,
         )  # fmt: skip
+    if structure == "depth":
+        return _shallower(model, sparsity, criterion, scope, schedule, layers, l1, data, loss, channel_options)
     if channel_options:
-        raise ConfigError(f"`{next(iter(channel_options))}` is an option of `structure` 'channel' only")
+        raise ConfigError(f"`{next(iter(channel_options))}` is an option of `structure` 'channel' or 'depth' only")
     return prune_weights(
         model, sparsity, structure=structure, criterion=criterion, scope=scope, schedule=schedule, layers=layers, l1=l1,
         data=data, loss=loss,
     )  # fmt: skip
+
+
+def _shallower(
+    model: keras.Model, sparsity: float | None, criterion: Any, scope: str, schedule: Any, layers: Any, l1: float,
+    data: Any, loss: Any, options: dict[str, Any],
+) -> keras.Model:  # fmt: skip
+    """Return what `drop_blocks` makes of the arguments of `prune`."""
+    given = {"scope": scope != "layer", "schedule": schedule is not None, "l1": l1 != 0, "loss": loss is not None}
+    if any(given.values()):
+        name = next(name for name, is_given in given.items() if is_given)
+        raise ConfigError(f"`{name}` acts on weights and channels; with `structure` 'depth' leave it out")
+    check_options(drop_blocks, options, "structure", "depth")
+    if sparsity is None and layers is None and "count" not in options:
+        sparsity = 0.5
+    if sparsity is not None and "count" in options:
+        raise ConfigError("`sparsity` and `count` are both given; pass one of them")
+    if sparsity is not None and not 0 < sparsity < 1:
+        raise ConfigError(f"`sparsity` is {sparsity!r}; it must be a share of the blocks in (0, 1), such as 0.25")
+    return drop_blocks(model, fraction=sparsity, layers=layers, data=data, criterion=criterion, **options)
+
+
+def check_options(function: Callable[..., Any], options: Mapping[str, Any], argument: str, value: str) -> None:
+    """Raise unless a function takes all of these keyword arguments.
+
+    Raises:
+        ConfigError: With the nearest name that it takes.
+    """
+    known = inspect.signature(function).parameters
+    for name in options:
+        if name not in known:
+            raise ConfigError(f"`{name}` is no option of `{argument}` {value!r}{did_you_mean(name, known)}")
