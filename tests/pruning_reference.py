@@ -54,6 +54,9 @@ def _over_kept(layer, kept):
         some = ops.take(x, kept, axis=-1)
         if kind == "UnitNormalization":
             some = some / ops.sqrt(ops.sum(some**2, axis=-1, keepdims=True))
+        elif kind == "RMSNormalization":
+            some = some / ops.sqrt(ops.mean(some**2, axis=-1, keepdims=True) + layer.epsilon)
+            some = some * ops.take(layer.scale, kept)
         else:
             parts = layer.groups if kind == "GroupNormalization" else 1
             shape = ops.shape(some)

@@ -15,7 +15,8 @@ import keras
 from dwindle.graphs import graph_config
 from dwindle.graphs import outputs as output_names
 from dwindle.pruning.analysis import ENTRYWISE, Analysis, Kept, Value, activation_name, removable
-from dwindle.pruning.layer_rules import Place, rule_of
+from dwindle.pruning.layer_rules import rule_of
+from dwindle.pruning.places import Place
 from dwindle.pruning.trials import Trial, revive, tensors_in, values_in
 
 _ENTRYWISE_CLASSES = {

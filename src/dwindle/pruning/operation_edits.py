@@ -101,6 +101,26 @@ def _get_item(node: dict[str, Any], given: Any, results: Any, kept: Any) -> dict
     return {**node, "args": args}
 
 
+def _constants(node: dict[str, Any], given: Any, results: Any, kept: Any) -> dict[str, Any]:
+    """Cut the arrays among a call's arguments along the axes of the output that they are broadcast to."""
+    del given
+
+    def edited(data: Any) -> Any:
+        if isinstance(data, dict):
+            if data.get("class_name") not in ("__numpy__", "__tensor__"):
+                return {key: edited(value) for key, value in data.items()}
+            array = np.asarray(data["config"]["value"])
+            for back in range(1, min(array.ndim, len(results[0].axes)) + 1):
+                labels = results[0].axes[-back]
+                if labels is not None and array.shape[-back] == len(labels):
+                    array = np.take(array, kept(labels), axis=-back)
+            return {**data, "config": {**data["config"], "value": array.tolist()}}
+        return [edited(value) for value in data] if isinstance(data, list | tuple) else data
+
+    found: dict[str, Any] = edited(node)
+    return found
+
+
 OPERATION_EDITS: dict[str, OperationEdit] = {
     "Reshape": OperationEdit(
         config=lambda config, given, results, kept: (_reshape_layer if "target_shape" in config else _reshape)(
@@ -112,3 +132,11 @@ OPERATION_EDITS: dict[str, OperationEdit] = {
     "Slice": OperationEdit(config=lambda config, *rest: _slice_layer(config, *rest) if "parts" in config else config),
     "GetItem": OperationEdit(node=_get_item),
 }
+
+
+def edit_of(kind: str, node: Any) -> OperationEdit | None:
+    """Return what changes in a call of an operation of this class, or None if nothing does."""
+    if kind in OPERATION_EDITS:
+        return OPERATION_EDITS[kind]
+    text = repr(node)
+    return OperationEdit(node=_constants) if "__numpy__" in text or "__tensor__" in text else None

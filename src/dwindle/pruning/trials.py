@@ -9,7 +9,7 @@ import keras
 import numpy as np
 
 from dwindle.pruning.analysis import Analysis, Kept, Value, taken
-from dwindle.pruning.operation_edits import OPERATION_EDITS
+from dwindle.pruning.operation_edits import edit_of
 from dwindle.pruning.probing import NOTHING, SEVERAL, agrees, dependence, in_batches, options
 
 
@@ -146,7 +146,7 @@ class Trial:
         """Cut half of the channels and compare; pin them all if the operation then gives something else."""
         labels = self.analysis.labels
         vectors = [vector for value in self.given for vector in value.axes if vector is not None]
-        edit = OPERATION_EDITS.get(self.kind)
+        edit = edit_of(self.kind, self.node)
         if edit is not None:
             for index, value in enumerate(self.given):
                 self.analysis.tie(
@@ -188,7 +188,7 @@ class Trial:
             full.append(array)
         expected = [taken(found, value, kept) for found, value in zip(run(full), results, strict=True)]
         config, node = self.entry["config"], self.node
-        edit = OPERATION_EDITS.get(self.kind)
+        edit = edit_of(self.kind, self.node)
         if edit is not None:
             config = edit.config(dict(config), self.given, results, kept) if edit.config else config
             node = edit.node(node, self.given, results, kept) if edit.node else node
