@@ -7,6 +7,8 @@ import numpy as np
 from dwindle.packing.lanes import LEVEL_BITS, LEVELS, MOST_CLASSES, MOST_GROUPS, SCALE, Classes, frequencies
 
 _ROUNDS = 8
+# Twice the classes must save this much, or four times the classes.
+_WORTHWHILE, _IN_VAIN = 0.998, 1
 
 
 def histograms(symbols: np.ndarray, groups: np.ndarray, count: int, size: int) -> np.ndarray:
@@ -61,7 +63,7 @@ def choose_classes(counts: np.ndarray) -> tuple[Classes, float]:
     """Return classes and tables for which a plane is small, and about how many bytes it takes.
 
     Groups are assigned to the table that codes them best and tables follow their groups, in turns, for 1, 2, 4, 8 and
-    16 classes.
+    16 classes, as long as that saves something.
 
     Args:
         counts: Histograms of the groups, ``(groups, symbols)``.
@@ -72,13 +74,15 @@ def choose_classes(counts: np.ndarray) -> tuple[Classes, float]:
     least = estimate(counts, *best)
     if groups == 1 or groups > MOST_GROUPS:
         return best, least
-    number = 2
+    number, in_vain = 2, 0
     while number <= min(MOST_CLASSES, groups):
         found = _classes(counts, everything, number)
         size = estimate(counts, *found)
-        if size < least:
-            best, least = found, size
-        elif size > 1.02 * least:
+        if size < _WORTHWHILE * least:
+            best, least, in_vain = found, size, 0
+        else:
+            in_vain += 1
+        if in_vain > _IN_VAIN:
             break
         number *= 2
     return best, least
@@ -91,10 +95,10 @@ def _classes(counts: np.ndarray, everything: np.ndarray, number: int) -> Classes
     of_group = np.empty(len(counts), np.int64)
     of_group[order] = np.arange(len(counts)) * number // len(counts)
     prior = (everything / everything.sum() + 1e-4)[None]
-    shares = counts.astype(np.float64)
+    shares = counts.astype(np.float32)
     for _ in range(_ROUNDS):
         table = _sums(shares, of_group, number) + prior
-        lengths = -np.log2(table / table.sum(axis=1, keepdims=True))
+        lengths = -np.log2(table / table.sum(axis=1, keepdims=True)).astype(np.float32)
         found = (shares @ lengths.T).argmin(axis=1)
         if (found == of_group).all():
             break

@@ -85,33 +85,47 @@ class Mixer:
         Returns:
             The bit.
         """
-        table, mask = self._table, self._mask
-        found = []
+        table, mask, stretch, trust, rate = self._table, self._mask, STRETCH, TRUST, RATE
+        places, cells, inputs = [], [], []
         dot = 0
-        for context, weight in zip(contexts, weights, strict=True):
+        for context, weight in zip(contexts, weights):  # noqa: B905 - checking costs time in the innermost loop
             place = (context ^ node) & mask
             cell = table[place]
-            if cell & 255 != context >> 24:
-                cell = FRESH | context >> 24
-            value = STRETCH[cell >> 20] * TRUST[cell >> 8 & 255] >> 8
-            found.append((place, cell, value))
-            dot += value * weight
-        dot >>= 16
-        p = SQUASH[4095 if dot > 2047 else 0 if dot < -2048 else dot + 2048]
-        p = 32 if p < 32 else 65504 if p > 65504 else p
-        bit = coder.code(p, bit)
-        error = (65536 - p) if bit else -p
-        half = 1 << (shift - 1)
-        for i, (place, cell, value) in enumerate(found):
-            weight = weights[i] + (value * error + half >> shift)
-            weights[i] = min(max(weight, -WEIGHT_LIMIT), WEIGHT_LIMIT)
-            count, chance = cell >> 8 & 255, cell >> 16
-            if bit:
-                chance += (65535 - chance) * RATE[count] >> 16
+            check = context >> 24
+            if cell & 255 != check:
+                # A count of 0 is trusted with nothing: the input is 0.
+                cell, value = FRESH | check, 0
             else:
-                chance -= chance * RATE[count] >> 16
-            table[place] = chance << 16 | (count + 1 if count < limit else limit) << 8 | cell & 255
+                value = stretch[cell >> 20] * trust[cell >> 8 & 255] >> 8
+                dot += value * weight
+            places.append(place)
+            cells.append(cell)
+            inputs.append(value)
+        dot >>= 16
+        p = SQUASH[dot + 2048 if -2048 <= dot <= 2047 else 0 if dot < 0 else 4095]
+        if p < 32:
+            p = 32
+        elif p > 65504:
+            p = 65504
+        bit = coder.code(p, bit)
+        error = 65536 - p if bit else -p
+        half = 1 << (shift - 1)
+        for i, value in enumerate(inputs):
+            cell = cells[i]
+            count, chance = cell >> 8 & 255, cell >> 16
+            if value:
+                weight = weights[i] + (value * error + half >> shift)
+                weights[i] = weight if -WEIGHT_LIMIT < weight < WEIGHT_LIMIT else _clamped(weight)
+            if bit:
+                chance += (65535 - chance) * rate[count] >> 16
+            else:
+                chance -= chance * rate[count] >> 16
+            table[places[i]] = chance << 16 | (count + 1 if count < limit else limit) << 8 | cell & 255
         return bit
+
+
+def _clamped(weight: int) -> int:
+    return min(max(weight, -WEIGHT_LIMIT), WEIGHT_LIMIT)
 
 
 class Numbers:
