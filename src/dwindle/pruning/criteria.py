@@ -344,10 +344,9 @@ def input_squares(evidence: Evidence, samples: int, batch: int) -> Scores:
         for begin in range(0, len(split), batch):
             part = split.pick(slice(begin, begin + batch))
             given = [keras.ops.convert_to_tensor(array) for array in part.x]
-            structured = isinstance(evidence.model.input, list | dict)
-            evidence.model(
-                keras.tree.pack_sequence_as(evidence.model.input, given) if structured else given[0], training=False
-            )
+            structure = getattr(evidence.model, "input", None)
+            structured = isinstance(structure, list | dict)
+            evidence.model(keras.tree.pack_sequence_as(structure, given) if structured else given[0], training=False)
             for key, owner in owners.items():
                 for inputs in seen[id(owner)]:
                     total[key] += _squares_by_tap(owner, inputs)
