@@ -25,6 +25,7 @@ _NAMES: dict[str, str] = {
     "MissingDependencyError": "dwindle.errors",
     "Plan": "dwindle.compressing.plans",
     "PolynomialDecay": "dwindle.pruning",
+    "Pruned": "dwindle.iterative_pruning",
     "Result": "dwindle.compressing.run",
     "Scheme": "dwindle.quantization.schemes",
     "Sensitivity": "dwindle.layer_sensitivity",
@@ -43,6 +44,7 @@ _NAMES: dict[str, str] = {
     "load_demo_data": "dwindle.data",
     "measure": "dwindle.measuring",
     "prune": "dwindle.pruning",
+    "prune_until": "dwindle.iterative_pruning",
     "quantize": "dwindle.quantization.training",
     "read_data": "dwindle.data",
     "sensitivity": "dwindle.layer_sensitivity",
@@ -75,6 +77,8 @@ if TYPE_CHECKING:
     from dwindle.finalizing import finalize as finalize
     from dwindle.layer_sensitivity import Sensitivity as Sensitivity
     from dwindle.layer_sensitivity import sensitivity as sensitivity
+    from dwindle.iterative_pruning import Pruned as Pruned
+    from dwindle.iterative_pruning import prune_until as prune_until
     from dwindle.lifting import lift as lift
     from dwindle.loading import load as load
     from dwindle.measuring import Measurement as Measurement
