@@ -40,7 +40,7 @@ from dwindle.measuring import LiteRTRunner
 from dwindle.measuring.latency import compare_latency
 from dwindle.pruning import ChannelOptions, groups, plan_channels
 
-EPOCHS, TUNING, BATCH = 8, 5, 128
+EPOCHS, TUNING, BATCH = 6, 4, 128
 WIDTHS = (24, 48, 96)
 layers = keras.layers
 

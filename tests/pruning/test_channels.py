@@ -9,6 +9,8 @@ from pruning_reference import difference
 from zoo import ZOO, samples, settle
 
 import dwindle as dw
+from dwindle.exporting import float_file
+from dwindle.measuring.latency import compare_latency
 from dwindle.pruning import ChannelOptions, groups, plan_channels, prune_channels
 
 L = keras.layers
@@ -59,6 +61,15 @@ def test_lifted_models_are_cut_and_can_be_exported(name, tmp_path):
     small = plan.apply()
     assert type(small) is not type(model)
     dw.export(small, tmp_path / "small.tflite")
+
+
+def test_frozen_layers_and_settings_stay_as_they_were():
+    model = ZOO["residual"]()
+    model.layers[1].trainable = False
+    small = prune_channels(model, 0.5)
+    assert [layer.trainable for layer in small.layers] == [layer.trainable for layer in model.layers]
+    assert [str(layer.dtype_policy) for layer in small.layers] == [str(layer.dtype_policy) for layer in model.layers]
+    assert len(small.trainable_variables) == len(model.trainable_variables)
 
 
 def test_a_cut_model_trains_saves_and_loads(tmp_path):
@@ -240,7 +251,9 @@ def test_the_file_takes_the_time_that_was_asked_for():
     model = keras.Model(inputs, L.Dense(10)(L.GlobalAveragePooling2D()(x)))
     plan = planned(model, sparsity=0.5, target="latency")
     before, after = plan.latency_ms
-    assert after <= 0.5 * before
-    assert after >= 0.4 * before
+    assert 0.45 * before <= after <= 0.5 * before
+    # Measured once more, both files in turns.
+    base, now = compare_latency([float_file(model), float_file(plan.apply())], seconds=1.0)
+    assert now.p50_ms / base.p50_ms == pytest.approx(0.5, rel=0.2)
     with pytest.raises(dw.ConfigError, match="`max_latency_ms` is 1e-05; the smallest model"):
         planned(model, max_latency_ms=1e-5)

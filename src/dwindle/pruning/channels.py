@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import keras
@@ -88,12 +89,16 @@ class ChannelPlan:
     @property
     def parameters(self) -> tuple[int, int]:
         """Parameters before and after."""
-        return self.groups.parameters, Counts(self.model, self.groups.analysis).of(self.removed)[0]
+        return self.groups.parameters, self._left[0]
 
     @property
     def macs(self) -> tuple[int, int]:
         """Multiply-accumulates of a sample before and after."""
-        return self.groups.macs, Counts(self.model, self.groups.analysis).of(self.removed)[1]
+        return self.groups.macs, self._left[1]
+
+    @cached_property
+    def _left(self) -> tuple[int, int]:
+        return Counts(self.model, self.groups.analysis).of(self.removed)
 
     def apply(self) -> keras.Model:
         """Return the smaller model; the one that was planned for is not changed."""

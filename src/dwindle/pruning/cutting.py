@@ -43,8 +43,6 @@ def cut(model: keras.Model, analysis: Analysis, removed: np.ndarray) -> keras.Mo
     if not new.built:
         new.build(model.input_shape)
     _copy(model, new, analysis, kept)
-    for (_, before), (_, after) in zip(walk_layers(model), walk_layers(new), strict=True):
-        after.trainable = before.trainable
     return new
 
 
