@@ -25,6 +25,7 @@ from functools import partial
 from pathlib import Path
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # before NumPy is imported: times are those of one core
 
 import numpy as np
 
@@ -133,12 +134,12 @@ def write_models(folder: Path, seed: int) -> None:
 
 
 def seconds(call: Callable[[], object]) -> float:
-    """Return the least time of a few calls."""
+    """Return the least CPU time of a few calls."""
     times = []
     for _ in range(SPEED_ROUNDS):
-        begun = time.perf_counter()
+        begun = time.process_time()
         call()
-        times.append(time.perf_counter() - begun)
+        times.append(time.process_time() - begun)
     return min(times)
 
 
@@ -159,8 +160,8 @@ def in_python(source: Path, packed: Path) -> tuple[float, float]:
     code = (
         "import sys, time; from pathlib import Path; from dwindle.packing import pack, unpack\n"
         "source, packed, back = map(Path, sys.argv[1:])\n"
-        "begun = time.perf_counter(); unpack(packed, back); middle = time.perf_counter()\n"
-        "pack(source, packed); print(middle - begun, time.perf_counter() - middle - (middle - begun))"
+        "begun = time.process_time(); unpack(packed, back); middle = time.process_time()\n"
+        "pack(source, packed); print(middle - begun, time.process_time() - middle - (middle - begun))"
     )
     done = subprocess.run(
         [sys.executable, "-c", code, source, packed, packed.with_suffix(".tflite")],
@@ -212,7 +213,7 @@ def report(files: list[Path], folder: Path) -> None:
                 done = subprocess.run([program, packed], capture_output=True, text=True, check=True)
                 in_c = float(done.stdout)
             speeds.append((source.stem, len(content) / 1e6, *native, in_c, *slow))
-    print("\nMB of model a second\n")
+    print("\nMB of model in a second of one core\n")
     print("| model | pack, native | unpack, native | C decoder | pack, Python | unpack, Python |")
     print("| --- | --- | --- | --- | --- | --- |")
     for stem, megabytes, *times in speeds:

@@ -12,10 +12,12 @@ from dwindle.packing.lanes import MOST_GROUPS, MOST_LANE_BITS
 from dwindle.packing.scales import find_row_tables, nearest_factor
 from dwindle.packing.segments import SHORTEST_BYTES, Region
 
-# From this many bytes on a plane is coded in lanes: many times as fast, and what they cost is no longer seen.
-LANES_FROM_BYTES = 8192
-# A lane costs about three bytes, so that one for 2048 bytes adds 0.15%.
-_BYTES_OF_A_LANE = 2048
+# From this many bytes on a plane is coded in lanes: many times as fast, and what they cost is no longer seen. From the
+# lower number on it is where that costs next to nothing.
+LANES_FROM_BYTES, LANES_MAYBE_FROM_BYTES = 8192, 2048
+_NEARLY = 1.005
+# A lane costs about three bytes, so that one for 1024 bytes adds 0.3%.
+_BYTES_OF_A_LANE = 1024
 _FEWEST_LANE_BITS = 2
 # A plane that shrinks by less than 1% is stored.
 _STORED_FROM = 0.99
@@ -171,7 +173,7 @@ def _plane(symbols: np.ndarray, depth: int, row: int, first: np.ndarray | None) 
     contexts = 3 if first is not None or adaptive > _NOISY * count * depth / 8 else 7
     mixed = Plane(MIXED, contexts=contexts, common=int(everything.argmax()))
     stored = count * _STORED_FROM if depth == 8 else float("inf")
-    if adaptive < LANES_FROM_BYTES:
+    if adaptive < LANES_MAYBE_FROM_BYTES:
         # Later planes may depend on the first one, which the estimate does not know.
         return (Plane(RAW), float(count)) if adaptive >= stored and count > 64 else (mixed, adaptive)
     one_group = number > MOST_GROUPS
@@ -179,9 +181,9 @@ def _plane(symbols: np.ndarray, depth: int, row: int, first: np.ndarray | None) 
     classes, estimate = grouping.choose_classes(counts)
     if one_group:
         classes = classes._replace(of_group=np.zeros(number, np.int64))
-    if estimate >= stored:
+    if min(estimate, adaptive) >= stored:
         return Plane(RAW), float(count)
-    if estimate < LANES_FROM_BYTES:
-        return mixed, estimate
+    if estimate < LANES_FROM_BYTES and estimate > _NEARLY * adaptive:
+        return mixed, min(estimate, adaptive)
     lane_bits = int(np.log2(estimate / _BYTES_OF_A_LANE))
     return Plane(LANES, classes, min(max(lane_bits, _FEWEST_LANE_BITS), MOST_LANE_BITS)), estimate
