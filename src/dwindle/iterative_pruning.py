@@ -1,4 +1,4 @@
-"""Iterative pruning: prune a little, train, measure, and again, until the model is as good as it has to be and no better."""
+"""Iterative pruning: prune a little, train, measure, and again, for as long as the model is good enough."""
 
 from __future__ import annotations
 
@@ -86,9 +86,9 @@ def prune_until(
     """Return the sparsest model that pruning and training in turns finds good enough.
 
     The first round prunes to ``start``, each further one removes the fraction ``step`` of the weights that are left:
-    ``s <- 1 - (1 - s)(1 - step)``. Each begins from the model of the last round that was good enough, and trains it with
-    the settings given. Where a round is not good enough it is dropped, and the next tries the sparsity half-way back
-    (in the logarithm of what is kept), ``refinements`` times in all.
+    ``s <- 1 - (1 - s)(1 - step)``. Each begins from the model of the last round that was good enough, and trains it
+    with the settings given. Where a round is not good enough it is dropped, and the next tries the sparsity half-way
+    back (in the logarithm of what is kept), ``refinements`` times in all.
 
     Args:
         model: A built, trained model; it is not changed.
@@ -122,10 +122,9 @@ def prune_until(
     settings = _Settings(start=start, step=step, stop=stop, refinements=refinements)
     if (max_drop is None) == (at_least is None):
         raise ConfigError("pass one of `max_drop`, such as 0.01, and `at_least`, such as 0.97")
-    if isinstance(structure_of(pruning.get("structure", "element")), Pattern):
-        raise ConfigError(
-            "`structure` is a pattern, which has one sparsity; iterative pruning needs elements or blocks"
-        )
+    structure = pruning.get("structure", "element")
+    if structure in ("channel", "depth") or isinstance(structure_of(structure), Pattern):
+        raise ConfigError(f"`structure` is {structure!r}; pruning in rounds takes `element` and blocks (rows, columns)")
     check_metric(metric)
     samples = _samples(model, validation)
     sign = 1.0 if higher_is_better(metric) else -1.0
@@ -212,8 +211,8 @@ class _Store:
         for key, value in self.fingerprint.items():
             if found["settings"].get(key) != value:
                 raise ConfigError(
-                    f"`folder` {self.folder} holds rounds with another {key}: {found['settings'].get(key)!r}, and here it "
-                    f"is {value!r}; go on with the settings that it was begun with, or choose another folder"
+                    f"`folder` {self.folder} holds rounds with another {key}: {found['settings'].get(key)!r}, and here "
+                    f"it is {value!r}; go on with the settings that it was begun with, or choose another folder"
                 )
         self.best = found["best"]
         rounds = [Round(**one) for one in found["rounds"]]
