@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import doctest
 import lzma
 import subprocess
 import sys
@@ -12,6 +13,7 @@ import numpy as np
 import pytest
 from packed_files import FILES, folded, gaussian, litert_file, pack_bytes, pruned, unpack_bytes
 
+import dwindle.packing
 from dwindle.errors import ConfigError, ConversionError, DataError, UnsupportedModelError
 from dwindle.packing import c_sources, frames, native, pack, unpack
 from dwindle.packing.frames import BYTES, LANES, LARGEST_FRAME, MIXED, PLANES, RAW, ROWS, SCALED, TABLE
@@ -223,6 +225,26 @@ def test_packing_needs_no_framework(tmp_path):
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_docstring_examples():
+    assert doctest.testmod(dwindle.packing).failed == 0
+
+
+def test_a_library_that_others_could_have_written_is_not_loaded(tmp_path, monkeypatch, compiler):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    native.library.cache_clear()
+    assert native.library() is not None
+    assert len(list((tmp_path / "dwindle").glob("engine-*.so"))) == 1
+    (tmp_path / "dwindle").chmod(0o777)
+    native.library.cache_clear()
+    assert native.library() is None
+    assert unpack_bytes(pack_bytes(FILES["int4"])) == FILES["int4"]
+    monkeypatch.setenv("PATH", "")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "none"))
+    native.library.cache_clear()
+    assert native.library() is None
+    native.library.cache_clear()
 
 
 def test_numbers_below_a_byte_are_packed_low_first():

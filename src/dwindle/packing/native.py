@@ -50,14 +50,16 @@ def _compiled() -> Path:
     for name in ("dwz.h", "dwz.c", "engine.c"):
         digest.update((_SOURCES / name).read_bytes())
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dwindle"
+    # What others may write into, they could have put a library of theirs in.
+    cache.mkdir(mode=0o700, parents=True, exist_ok=True)
+    if hasattr(os, "getuid") and (cache.stat().st_uid != os.getuid() or cache.stat().st_mode & 0o022):
+        raise PermissionError(f"`{cache}` belongs to, or can be written by, somebody else")
     path = cache / f"engine-{digest.hexdigest()[:16]}.so"
     if path.exists():
         return path
     compiler = next((found for name in ("cc", "gcc", "clang") if (found := shutil.which(name))), None)
     if compiler is None:
         raise FileNotFoundError("no C compiler")
-    # What others may write into, they could have put a library of theirs in.
-    cache.mkdir(mode=0o700, parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=cache) as folder:
         made = Path(folder) / "engine.so"
         subprocess.run(
