@@ -60,6 +60,9 @@ bench-applications: $(READY)
 bench-packing: $(READY)
 	$(BIN)/python benchmarks/packing.py
 
+bench-pruning: $(READY)
+	$(BIN)/python benchmarks/pruning_mnist.py --data $(MNIST)
+
 bench-quantization: $(READY)
 	$(BIN)/python benchmarks/quantization_accuracy.py --data $(MNIST) --data $(FASHION) $(if $(TFMOT),--tfmot $(TFMOT))
 

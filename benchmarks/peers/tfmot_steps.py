@@ -1,7 +1,7 @@
-"""Step times of TFMOT's quantization-aware training; run by the Python of TFMOT's own environment.
+"""Step times of TFMOT's quantization-aware training and pruning; run by the Python of TFMOT's own environment.
 
-tfmot_steps.py NAME STEPS BATCH: for each line on standard input, trains plainly and quantized, and prints both times of
-a step in milliseconds.
+tfmot_steps.py NAME STEPS BATCH: for each line on standard input, trains plainly, quantized, and pruned with masks every
+100 steps and every step, and prints the times of a step in milliseconds.
 """
 
 import os
@@ -46,16 +46,20 @@ def main():
     generator = np.random.default_rng(0)
     x = generator.random((steps * batch, *model.input_shape[1:])).astype(np.float32)
     y = generator.integers(0, 10, steps * batch)
-    pair = (model, tfmot.quantization.keras.quantize_model(model))
-    for each in pair:
+    runs = [(model, []), (tfmot.quantization.keras.quantize_model(model), [])]
+    for frequency in (100, 1):
+        schedule = tfmot.sparsity.keras.PolynomialDecay(0.0, 0.8, 0, 10_000, frequency=frequency)
+        pruned = tfmot.sparsity.keras.prune_low_magnitude(keras.models.clone_model(model), pruning_schedule=schedule)
+        runs.append((pruned, [tfmot.sparsity.keras.UpdatePruningStep()]))
+    for each, callbacks in runs:
         each.compile("adam", "sparse_categorical_crossentropy")
-        each.fit(x, y, batch_size=batch, verbose=0)
+        each.fit(x, y, batch_size=batch, verbose=0, callbacks=callbacks)
     print("ready", flush=True)
     for _ in sys.stdin:
         times = []
-        for each in pair:
+        for each, callbacks in runs:
             begun = time.perf_counter()
-            each.fit(x, y, batch_size=batch, verbose=0)
+            each.fit(x, y, batch_size=batch, verbose=0, callbacks=callbacks)
             times.append((time.perf_counter() - begun) / steps * 1000)
         print(*times, flush=True)
 
