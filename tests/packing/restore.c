@@ -10,6 +10,7 @@
 #define LARGEST (1u << 26)
 
 static dwz_work work;
+typedef char as_small_as_promised[sizeof(dwz_work) <= 90 * 1024 ? 1 : -1];
 
 static void put_length(FILE *out, uint32_t value) {
     int i;

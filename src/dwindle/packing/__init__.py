@@ -34,7 +34,7 @@ class Packed:
         model_bytes: Bytes of the ``.tflite``.
         packed_bytes: Bytes of the ``.dwz``.
         model_sha256: SHA-256 of the ``.tflite``.
-        work_bytes: Bytes that a device's decoder needs for its table of predictions, besides 55 KiB and the model.
+        work_bytes: Bytes that a device's decoder needs for its table of predictions, besides 90 KiB and the model.
     """
 
     file: Path

@@ -34,7 +34,7 @@ enum {
 #define DWZ_MOST_GROUPS 4096
 #define DWZ_FIELDS 48
 
-/* Everything that the decoder keeps, about 55 KiB; the caller need not set anything. */
+/* Everything that the decoder keeps, below 90 KiB; the caller need not set anything. */
 typedef struct {
     /* the coder */
     const uint8_t *in;
