@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
+
 import keras
 import numpy as np
 import pytest
@@ -382,3 +385,11 @@ def test_models_that_cannot_be_factorized_say_why():
         dw.factorize(ZOO["subclassed"]())
     with pytest.raises(dw.DataError, match="x_test"):
         dw.factorize(dense(), data=np.zeros((4, 3), np.float32))
+
+
+def test_the_code_of_the_page_runs():
+    page = (Path(__file__).resolve().parent.parent / "docs" / "factorization.md").read_text(encoding="utf8")
+    names: dict[str, object] = {}
+    for block in re.findall(r"^```python\n(.*?)^```$", page, re.S | re.M):
+        exec(compile(block, "factorization.md", "exec"), names)
+    assert names["low"].count_params() <= 0.25 * names["model"].count_params()

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+from pathlib import Path
 
 import keras
 import numpy as np
@@ -191,3 +193,14 @@ def test_a_file_is_no_cache(case, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(dw.ConfigError, match="a file; name a folder"):
         dw.sensitivity(*case, cache=tmp_path / "file")
+
+
+def test_the_code_of_the_page_runs(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    page = (Path(__file__).resolve().parent.parent / "docs" / "depth.md").read_text(encoding="utf8")
+    names: dict[str, object] = {}
+    for block in re.findall(r"^```python\n(.*?)^```$", page, re.S | re.M):
+        exec(compile(block, "depth.md", "exec"), names)
+    assert len(names["layers"].depth.dropped) == 1
+    assert names["same"].count_params() < names["model"].count_params()
+    assert set(names["found"].tolerated()) == {row.layer for row in names["found"].rows}
