@@ -75,10 +75,10 @@ if TYPE_CHECKING:
     from dwindle.exporting import export as export
     from dwindle.factorization import factorize as factorize
     from dwindle.finalizing import finalize as finalize
-    from dwindle.layer_sensitivity import Sensitivity as Sensitivity
-    from dwindle.layer_sensitivity import sensitivity as sensitivity
     from dwindle.iterative_pruning import Pruned as Pruned
     from dwindle.iterative_pruning import prune_until as prune_until
+    from dwindle.layer_sensitivity import Sensitivity as Sensitivity
+    from dwindle.layer_sensitivity import sensitivity as sensitivity
     from dwindle.lifting import lift as lift
     from dwindle.loading import load as load
     from dwindle.measuring import Measurement as Measurement
