@@ -138,11 +138,9 @@ def test_masks_over_a_schedule_are_those_of_a_numpy_reference(structure, schedul
 
 
 def test_a_large_weight_is_ranked_once_a_window_and_its_counts_are_exact():
-    from dwindle.pruning.masks import UNITS_PER_RANKING_STEP
-
     model = model_of(L.Dense(160, name="d"), shape=(100,))
     pruned = dw.prune(model, 0.9, schedule=dw.PolynomialDecay(end=12, frequency=1))
-    window = -(-16000 // UNITS_PER_RANKING_STEP)
+    window = 8 + 16000 // 4096
     generator = np.random.default_rng(1)
     kernel, mask, removed, expected = model.layers[0].kernel.numpy(), np.ones(16000, bool), 0, 0
     x, y = generator.normal(size=(8, 100)).astype(np.float32), generator.normal(size=(8, 160)).astype(np.float32)

@@ -15,9 +15,9 @@ from dwindle.pruning.selection import first_in_order, smallest, smallest_in_grap
 from dwindle.pruning.structures import Element, structure_from_dict
 from dwindle.weights import Transform
 
-#: Weights of up to this many units are ranked at every change of the mask; larger ones once in ``units / this`` steps,
-#: and no less often than every `LONGEST_WINDOW` steps. In between, those next in rank go.
-UNITS_PER_RANKING_STEP, LONGEST_WINDOW = 4096, 128
+#: Weights of up to this many units are ranked at every change of the mask. Larger ones share a ranking among the changes
+#: of 8 steps, and one more for every so many units, but of at most `LONGEST_WINDOW` steps: those next in rank go.
+RANKED_AT_ONCE, LONGEST_WINDOW = 4096, 128
 
 RATINGS = ("magnitude", "given", "movement")
 
@@ -53,6 +53,8 @@ def importance_mask(
 
 def rate_units(xp: Any, importance: Any, gone: Any, structure: Element, outputs: Sequence[int]) -> Any:
     """Return the importance of each unit, -1 for units that are gone wholly."""
+    if structure.single:
+        return xp.where(xp.reshape(gone, (-1,)), -1.0, structure.rate(xp, importance, outputs))
     kept = xp.where(gone, 0.0, importance)
     rating = structure.rate(xp, kept, outputs)
     alive = structure.rate(xp, xp.where(gone, 0.0, xp.ones_like(kept)), outputs)
@@ -156,7 +158,7 @@ class Mask(Transform):
         changes = np.diff(self._changes[1], prepend=self.removed_before)
         if self.schedule is None or self.rating == "movement" or self._regrows or not len(changes):
             return _Plan()
-        steps = min(LONGEST_WINDOW, -(-units // UNITS_PER_RANKING_STEP))
+        steps = 1 if units <= RANKED_AT_ONCE else min(LONGEST_WINDOW, 8 + units // RANKED_AT_ONCE)
         window = max(1, min(len(changes), -(-steps // self.schedule.beat)))
         # A first change much larger than the others is made by itself.
         lead = int(len(changes) > 1 and changes[0] > 4 * changes[1:].max())

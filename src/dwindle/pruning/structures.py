@@ -21,6 +21,8 @@ class Element:
     """Single weights."""
 
     kind: ClassVar[str] = "element"
+    #: Whether a unit is one weight.
+    single: ClassVar[bool] = True
 
     def misfit(self, shape: Sequence[int], outputs: Sequence[int]) -> str | None:
         """Return why a weight can't have this structure, or None."""
@@ -75,6 +77,7 @@ class Blocks(Element):
     """
 
     kind: ClassVar[str] = "blocks"
+    single: ClassVar[bool] = False
     rows: int
     columns: int
 
