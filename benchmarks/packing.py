@@ -145,7 +145,7 @@ def seconds(call: Callable[[], object]) -> float:
 
 def decoder(folder: Path) -> Path | None:
     """Return the compiled C decoder, or None where there is no compiler."""
-    header, source = c_sources()
+    header, source, _ = c_sources()
     (folder / "speed.c").write_text(DECODER)
     command = ["cc", "-std=c99", "-O2", "-I", str(header.parent), "-o", str(folder / "speed"), str(folder / "speed.c")]
     try:

@@ -35,7 +35,7 @@ def built(compiler, tmp_path_factory) -> Callable[..., Path]:
     folder = tmp_path_factory.mktemp("decoder")
 
     def build(name: str, *flags: str) -> Path:
-        header, source = c_sources()
+        header, source, _ = c_sources()
         out = folder / name
         subprocess.run(
             [compiler, "-std=c99", "-Wall", "-Wextra", "-Werror", "-pedantic", *flags, "-I", str(header.parent), "-o",

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import doctest
+import hashlib
 import lzma
 import subprocess
 import sys
 import tracemalloc
 import zlib
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,6 +18,7 @@ from packed_files import FILES, folded, gaussian, litert_file, pack_bytes, prune
 import dwindle.packing
 from dwindle.errors import ConfigError, ConversionError, DataError, UnsupportedModelError
 from dwindle.packing import c_sources, frames, native, pack, unpack
+from dwindle.packing.contexts import dictionary
 from dwindle.packing.frames import BYTES, LANES, LARGEST_FRAME, MIXED, PLANES, RAW, ROWS, SCALED, TABLE
 from dwindle.packing.planning import cut, plan_frame
 from dwindle.packing.segments import find_regions
@@ -210,8 +213,20 @@ def test_an_old_file_outlives_a_failure(tmp_path, monkeypatch):
     assert not list(tmp_path.glob(".*"))
 
 
+def test_a_file_of_version_1_is_read_for_ever():
+    """Written when version 1 was fixed: a change of the format, or of the dictionary, needs another version."""
+    content = unpack_bytes((Path(__file__).parent / "version1.dwz").read_bytes())
+    assert hashlib.sha256(content).hexdigest() == (Path(__file__).parent / "version1.sha256").read_text().strip()
+
+
+def test_the_dictionary_is_the_one_that_the_specification_names():
+    page = (Path(__file__).parents[2] / "docs" / "packing.md").read_text(encoding="utf8")
+    assert hashlib.sha256(dictionary()).hexdigest() in page
+    assert f"the {len(dictionary())} bytes" in page
+
+
 def test_the_c_sources_are_shipped():
-    header, source = c_sources()
+    header, source, _ = c_sources()
     assert "dwz_unpack" in header.read_text(encoding="utf8")
     assert source.stat().st_size > 10_000
     assert "malloc" not in source.read_text(encoding="utf8")

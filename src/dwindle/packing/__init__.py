@@ -139,10 +139,10 @@ def unpack(source: str | Path, out: str | Path, *, progress: Progress | None = N
     )  # fmt: skip
 
 
-def c_sources() -> tuple[Path, Path]:
-    """Return the paths of the decoder for devices, ``dwz.h`` and ``dwz.c``: C99, no allocation, no dependencies."""
+def c_sources() -> tuple[Path, Path, Path]:
+    """Return the decoder for devices, ``dwz.h``, ``dwz.c`` and ``dwz_dictionary.h``: C99, no allocation."""
     folder = Path(__file__).parent / "c"
-    return folder / "dwz.h", folder / "dwz.c"
+    return folder / "dwz.h", folder / "dwz.c", folder / "dwz_dictionary.h"
 
 
 def _check_exists(source: Path, suffix: str) -> None:

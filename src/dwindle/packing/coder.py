@@ -19,6 +19,14 @@ class Coder(Protocol):
         """Code one bit; a decoder ignores ``bit`` and returns the one that it finds."""
 
 
+class Learner:
+    """Let a model take in what is known to both sides: nothing is written."""
+
+    def code(self, probability: int, bit: int) -> int:  # noqa: ARG002 - every coder takes it
+        """Return the bit."""
+        return bit
+
+
 class Encoder:
     """Write bits as one number between two bounds that close in on each other.
 

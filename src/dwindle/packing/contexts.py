@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
+from pathlib import Path
 
 from dwindle.packing.coder import Coder
 from dwindle.packing.model import Mixer, hashed
@@ -14,6 +16,13 @@ _NO_MATCH = hashed(9, 0)
 HISTORY = 1 << 14
 _LONGEST_MATCH, _SHORTEST_MATCH = 32, 4
 _SYMBOL_LIMIT, _SYMBOL_SHIFT = 255, 15
+
+
+@functools.cache
+def dictionary() -> bytes:
+    """Return what the model of the structure has seen before the first byte, from the C decoder's own source."""
+    source = (Path(__file__).parent / "c" / "dwz_dictionary.h").read_text(encoding="utf8")
+    return bytes(int(number) for number in source.partition("= {")[2].partition("}")[0].split(",")[:-1])
 
 
 class Structure:

@@ -8,8 +8,8 @@ import numpy as np
 
 from dwindle.packing import lanes as lanes_module
 from dwindle.packing import native
-from dwindle.packing.coder import Coder, Decoder, Encoder
-from dwindle.packing.contexts import Structure, code_symbols
+from dwindle.packing.coder import Coder, Decoder, Encoder, Learner
+from dwindle.packing.contexts import Structure, code_symbols, dictionary
 from dwindle.packing.model import Mixer, Numbers, plain
 
 
@@ -77,6 +77,9 @@ class PythonEngine:
     def __init__(self, table_bits: int) -> None:
         self._mixer = Mixer(table_bits)
         self._structure = Structure(self._mixer)
+        learner = Learner()
+        for place, value in enumerate(dictionary()):
+            self._structure.code(learner, place, value)
         self._numbers = Numbers()
         self._encoder = Encoder()
         self._decoder: Decoder | None = None

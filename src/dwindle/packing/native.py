@@ -47,7 +47,7 @@ def _compiled() -> Path:
         subprocess.SubprocessError: If it does not compile.
     """
     digest = hashlib.sha256(f"{platform.machine()} {sys.platform}".encode())
-    for name in ("dwz.h", "dwz.c", "engine.c"):
+    for name in ("dwz.h", "dwz_dictionary.h", "dwz.c", "engine.c"):
         digest.update((_SOURCES / name).read_bytes())
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dwindle"
     # What others may write into, they could have put a library of theirs in.

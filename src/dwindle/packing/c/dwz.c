@@ -4,6 +4,8 @@
  */
 #include "dwz.h"
 
+#include "dwz_dictionary.h"
+
 #include <string.h>
 
 #define HALF 32768u
@@ -64,7 +66,9 @@ static void begin(dwz_work *w, const uint8_t *in, size_t size) {
 }
 
 static int code(dwz_work *w, uint32_t chance, int bit) {
-    uint32_t middle = w->low + (uint32_t)((uint64_t)(w->high - w->low) * chance >> 16);
+    uint32_t middle;
+    if (w->learning) return bit;
+    middle = w->low + (uint32_t)((uint64_t)(w->high - w->low) * chance >> 16);
 #ifdef DWZ_ENCODER
     if (w->sink == NULL)
 #endif
@@ -588,6 +592,9 @@ static void start(dwz_work *w, uint32_t *table, unsigned table_bits) {
     }
     for (d = 0; d < 256; d++)
         for (i = 0; i < 8; i++) w->byte_weights[d][i] = 20000;
+    w->learning = 1;
+    for (i = 0; i < DWZ_DICTIONARY_SIZE; i++) code_byte(w, i, DWZ_DICTIONARY[i]);
+    w->learning = 0;
 }
 
 int dwz_unpack(const uint8_t *in, size_t in_size, uint8_t *out, size_t out_size, dwz_work *work, uint32_t *table,

@@ -40,7 +40,7 @@ typedef struct {
     const uint8_t *in;
     size_t in_size, in_place;
     uint32_t low, high, value;
-    int error;
+    int error, learning;
 #ifdef DWZ_ENCODER
     uint8_t *sink;
     size_t sink_size, sink_place;
