@@ -22,7 +22,7 @@ def densify(parameters: Any, values: np.ndarray, shape: Sequence[int]) -> np.nda
         shape: The tensor's shape.
 
     Raises:
-        ValueError: If there are not as many values as leaves.
+        ValueError: If there are not as many values as leaves, or a block is compressed inside, on which LiteRT crashes.
 
     References:
         The format's description is that of TACO (Chou et al. 2018, arXiv 1804.10112).
@@ -47,6 +47,8 @@ def densify(parameters: Any, values: np.ndarray, shape: Sequence[int]) -> np.nda
         if axis < len(shape):
             found[axis] = path[:, level]
         else:  # a block, inside of the axis that it divides
+            if parameters.dimMetadata[level].format != schema.DimensionType.DENSE:
+                raise ValueError("a sparse constant whose blocks are compressed inside")
             size = int(parameters.dimMetadata[level].denseSize)
             found[divided[axis - len(shape)]] = found[divided[axis - len(shape)]] * size + path[:, level]
     dense = np.zeros(tuple(shape), values.dtype)
