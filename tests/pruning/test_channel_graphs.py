@@ -201,3 +201,21 @@ def test_open_image_sizes_are_analysed():
     plan = plan_channels(model, ChannelOptions(sparsity=0.5))
     assert [group.size for group in plan.groups if group.pinned is None] == [8, 6]
     assert difference(plan, [np.random.default_rng(0).normal(size=(2, 12, 12, 3)).astype(np.float32)]) < 1e-5
+
+
+@pytest.mark.parametrize("policy", ["mixed_float16", "mixed_bfloat16"])
+def test_lower_precision_is_analysed_like_full(policy):
+    def build(dtype):
+        inputs = keras.Input((8, 8, 3))
+        x = L.Conv2D(8, 3, padding="same", activation="relu", dtype=dtype)(inputs)
+        x = L.Add(dtype=dtype)(
+            [x, L.AveragePooling2D(3, 1, padding="same", dtype=dtype)(L.Conv2D(8, 1, dtype=dtype)(x))]
+        )
+        x = L.Activation("softplus", dtype=dtype)(L.Concatenate(dtype=dtype)([x, L.Conv2D(5, 1, dtype=dtype)(x)]))
+        return keras.Model(inputs, L.Dense(3, name="head")(L.GlobalAveragePooling2D(dtype=dtype)(x)))
+
+    low, full = groups(build(policy)), groups(build("float32"))
+    assert [(group.size, group.pinned) for group in low] == [(group.size, group.pinned) for group in full]
+    assert [group.size for group in low if group.pinned is None] == [8, 5]
+    small = plan_channels(build(policy), ChannelOptions(sparsity=0.5)).apply()
+    assert small.layers[1].compute_dtype == policy.removeprefix("mixed_")

@@ -40,7 +40,13 @@ def in_batches(run: Run, inputs: Sequence[np.ndarray], batch: int | None) -> lis
 
 
 def dependence(
-    run: Run, shapes: Sequence[tuple[int, ...]], number: int, axis: int, codes: np.ndarray, batch: int | None
+    run: Run,
+    shapes: Sequence[tuple[int, ...]],
+    number: int,
+    axis: int,
+    codes: np.ndarray,
+    batch: int | None,
+    noise: float = 1e-5,
 ) -> list[np.ndarray]:
     """Return, for each output, which label along one axis of one input each of its positions depends on.
 
@@ -54,6 +60,7 @@ def dependence(
         axis: The axis in it.
         codes: Label of each position along the axis: 1, 2, ... in any order; 0 is never perturbed.
         batch: Samples that the operation takes at once; None for any number.
+        noise: What results may differ by, relative to their size, without having moved.
 
     Returns:
         One integer array an output, without the samples' axis: the code, `NOTHING` or `SEVERAL`.
@@ -78,7 +85,7 @@ def dependence(
         # Not bit for bit: sums may be taken in another order in another sample.
         scale = np.abs(output[:1]) + 0.01 * np.abs(output[:1]).mean()
         changed = (
-            ~(np.abs(output[1:] - output[:1]) <= 1e-5 * scale)
+            ~(np.abs(output[1:] - output[:1]) <= noise * scale)
             if output.dtype.kind == "f"
             else (output[1:] != output[:1])
         )
@@ -112,7 +119,7 @@ def options(codes: np.ndarray) -> list[int]:
     return exact[-1:] if exact else loose
 
 
-def agrees(found: np.ndarray, expected: np.ndarray) -> bool:
+def agrees(found: np.ndarray, expected: np.ndarray, noise: float = 1e-5) -> bool:
     """Whether two results are equal but for the order of float additions."""
     if found.shape != expected.shape:
         return False
@@ -123,4 +130,4 @@ def agrees(found: np.ndarray, expected: np.ndarray) -> bool:
         return False
     found, expected = found[finite], expected[finite]
     scale = max(1e-6, float(np.abs(expected).max(initial=0.0)))
-    return bool(np.abs(found - expected).max(initial=0.0) <= 2e-5 * scale)
+    return bool(np.abs(found - expected).max(initial=0.0) <= 2 * noise * scale)

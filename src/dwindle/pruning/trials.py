@@ -12,6 +12,8 @@ from dwindle.pruning.analysis import Analysis, Kept, Value, taken
 from dwindle.pruning.operation_edits import edit_of
 from dwindle.pruning.probing import NOTHING, SEVERAL, agrees, dependence, in_batches, options
 
+_LOW = ("float16", "bfloat16")
+
 
 class Trial:
     """Runs one call of an operation without weights: first to find the labels of its outputs, then with half cut."""
@@ -44,7 +46,11 @@ class Trial:
             args = keras.tree.map_structure(filled, revive(node["args"], self.values))
             kwargs = keras.tree.map_structure(filled, revive(node["kwargs"], self.values))
             found = keras.tree.flatten(operation(*args, **kwargs))
-            return [np.asarray(keras.ops.convert_to_numpy(value)) for value in found]
+            self.dtypes = [keras.backend.standardize_dtype(value.dtype) for value in found]
+            return [
+                np.asarray(keras.ops.convert_to_numpy(keras.ops.cast(value, "float32") if dtype in _LOW else value))
+                for value, dtype in zip(found, self.dtypes, strict=True)
+            ]
 
         return run
 
@@ -79,10 +85,15 @@ class Trial:
                 (1, *sampled.shape[1:]), str(sampled.dtype),
                 tuple(self._merged(found, size) for found, size in zip(per_axis, sampled.shape, strict=True)),
             )
-            for sampled, per_axis in zip(sample, axes, strict=True)
+            for sampled, dtype, per_axis in zip(sample, self.dtypes, axes, strict=True)
         ]  # fmt: skip
         self._try(run, results)
         return results
+
+    def _noise(self) -> float:
+        """Return what the operation's results err by, relative to their size."""
+        policy = getattr(self.operation, "compute_dtype", "float32")
+        return 1e-2 if policy in _LOW or any(dtype in _LOW for dtype in self.dtypes) else 1e-5
 
     def _dependence(
         self, run: Any, shapes: list[tuple[int, ...]], index: int, axis: int, codes: np.ndarray
@@ -92,9 +103,18 @@ class Trial:
             lambda leaf: leaf if isinstance(leaf, str | int | float | type(None)) else repr(leaf),
             _blank((self.node["args"], self.node["kwargs"])),
         )
-        key = (self.kind, repr(config), repr(constants), tuple(shapes), index, axis, codes.tobytes())
+        key = (
+            self.kind,
+            self.given[index].dtype,
+            repr(config),
+            repr(constants),
+            tuple(shapes),
+            index,
+            axis,
+            codes.tobytes(),
+        )
         if key not in self.analysis.cache:
-            self.analysis.cache[key] = dependence(run, shapes, index, axis, codes, self.batch)
+            self.analysis.cache[key] = dependence(run, shapes, index, axis, codes, self.batch, self._noise())
         found: list[np.ndarray] = self.analysis.cache[key]
         return found
 
@@ -198,7 +218,7 @@ class Trial:
         # A wrong size can raise anything, which says just that the channels can't be cut.
         except Exception:
             return False
-        return all(agrees(a, b) for a, b in zip(found, expected, strict=True))
+        return all(agrees(a, b, self._noise()) for a, b in zip(found, expected, strict=True))
 
 
 def revive(data: Any, values: Mapping[Any, Value]) -> Any:
