@@ -4,9 +4,9 @@ python benchmarks/packing.py [--models DIR] [--seed N]
 
 LeNet-5 and a small MobileNet, trained for 3 epochs on the digits that dwindle ships, as float32, int8 and with 4-bit
 weights; the same pruned to 90% zeros and with 16 shared values in each kernel (neither trained any further: bytes are
-what counts here). --models keeps the .tflite files, or takes them from there. Every packed file is restored and
-compared. zstd and brotli are left out where their packages (`zstandard`, `brotli`) are not installed. Tables are
-Markdown.
+what counts here); and a layer of 4 million random weights. --models keeps the .tflite files, or takes them from there.
+Every packed file is restored and compared. zstd and brotli are left out where their packages (`zstandard`, `brotli`)
+are not installed. Tables are Markdown.
 """
 
 from __future__ import annotations
@@ -133,6 +133,21 @@ def write_models(folder: Path, seed: int) -> None:
                 dw.export(model, folder / f"{name}, {scheme}{treatment}.tflite", scheme=scheme, data=calibration)
 
 
+def write_large(folder: Path, seed: int) -> None:
+    """Write a layer of 4 million random weights, for the speed of what takes long; dense and with 90% zeros."""
+    import keras
+
+    import dwindle as dw
+
+    rng = np.random.default_rng(seed)
+    layer = keras.layers.Dense(2048)
+    model = keras.Sequential([keras.Input((2048,)), layer])
+    samples = rng.normal(size=(20, 2048)).astype(np.float32)
+    for treatment, treat in (("", lambda kernel: kernel), (", 90% zeros", pruned)):
+        layer.kernel.assign(treat(rng.normal(size=(2048, 2048)).astype(np.float32)))
+        dw.export(model, folder / f"random layer, int8{treatment}.tflite", scheme="int8", data=samples)
+
+
 def seconds(call: Callable[[], object]) -> float:
     """Return the least CPU time of a few calls."""
     times = []
@@ -183,6 +198,7 @@ def main() -> None:
         place.mkdir(parents=True, exist_ok=True)
         if not list(place.glob("*.tflite")):
             write_models(place, options.seed)
+            write_large(place, options.seed)
         report(sorted(place.glob("*.tflite")), folder)
 
 
