@@ -18,7 +18,8 @@ TESTS = Path(__file__).resolve().parent
 def test_training_techniques_on_other_backends(backend):
     if importlib.util.find_spec(backend) is None:
         pytest.skip(f"{backend} is not installed; pip install {backend} into .venv runs this")
-    names = ["pruning/test_masks.py", "test_distillation.py", "test_weights.py"]
+    pruning = [f"pruning/test_{name}.py" for name in ("masks", "structures", "criteria")]
+    names = [*pruning, "test_distillation.py", "test_weights.py"]
     # Warnings are the backend's own; loops with a GradientTape and lifting need TensorFlow.
     command = [sys.executable, "-m", "pytest", "-q", "-W", "ignore", "-p", "no:cacheprovider",
                "-k", "not custom_training_loop and not lifted", *(str(TESTS / name) for name in names)]  # fmt: skip

@@ -111,8 +111,9 @@ def trained_counts(model, name, steps, x, y):
     dw.PolynomialDecay(end=5, frequency=2, initial_fraction=0.6, power=1.0),
 ])  # fmt: skip
 def test_masks_over_a_schedule_are_those_of_a_numpy_reference(structure, schedule):
-    model = dw.prune(dense(), 0.5, structure=structure, schedule=schedule)
+    model = dense()
     kernel = model.layers[0].kernel.numpy()
+    model = dw.prune(model, 0.5, structure=structure, schedule=schedule)
     model.compile(keras.optimizers.SGD(0.0), "mse")  # weights stay, so that each step's mask can be told
     x, y = np.ones((4, 20), np.float32), np.zeros((4, 10), np.float32)
     counts, masks = trained_counts(model, "d", 9, x, y)
