@@ -212,4 +212,7 @@ def strip(model: keras.Model) -> keras.Model:
     layers = dict(walk_layers(twin))
     for (path, key), value in baked.items():
         _raw_of(layers[path], key).assign(value)
-    return twin
+    # Weights that are one in the file of a lifted model go on being one.
+    tied = {key: [t for t in transforms if t.kind == "tied"] for key, transforms in attached(model).items()}
+    tied = {key: transforms for key, transforms in tied.items() if transforms}
+    return attach(twin, tied) if tied else twin

@@ -32,6 +32,7 @@ TRANSFORM_KINDS: dict[str, str] = {
     "proximal_l1": "dwindle.pruning.regularization:ProximalL1",
     "fake_quantize_bias": "dwindle.quantization.fake_quantization:FakeQuantizedBias",
     "fake_quantize": "dwindle.quantization.fake_quantization:FakeQuantizedWeight",
+    "tied": "dwindle.lifting.shared_constants:TiedWeight",
 }
 
 

@@ -39,7 +39,12 @@ def float_file(model: keras.Model) -> bytes:
         raise ConfigError(f"`model` ({model.name}) is not built: call it once on data, or model.build(input_shape)")
     from dwindle.attaching import attached, full_precision, strip
 
-    content = _convert(full_precision(strip(model) if attached(model) else model))
+    plain = full_precision(strip(model) if attached(model) else model)
+    if keras.backend.backend() != "tensorflow":
+        from dwindle.exporting.second_process import converted_elsewhere
+
+        return converted_elsewhere(plain)
+    content = _convert(plain)
     freed = resizable(content)
     return freed if _same_in_batches(content, freed) else content
 

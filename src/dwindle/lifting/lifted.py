@@ -5,7 +5,7 @@ from __future__ import annotations
 import zlib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import keras
 import numpy as np
@@ -16,6 +16,7 @@ from dwindle.lifting.float_files import as_float
 from dwindle.lifting.grids import Grids
 from dwindle.lifting.layout import channel_axis, to_file
 from dwindle.lifting.links import Link
+from dwindle.lifting.shared_constants import TiedWeight, followers, tie, unshared
 from dwindle.weights import walk_layers
 
 
@@ -50,6 +51,7 @@ class LiftedModel(keras.Model):
         self._dwindle_quantization = quantization
         self._dwindle_notes = tuple(notes)
         self.float_file = b""
+        tie(self, self.links)
 
     @property
     def links(self) -> tuple[Link, ...]:
@@ -184,7 +186,7 @@ def lift(source: Any, *, name: str | None = None) -> LiftedModel:
     else:
         content = source if isinstance(source, bytes) else Path(source).read_bytes()
     content, notes = as_float(content)
-    return build_lifted(content, grids=None, name=name or "lifted", notes=notes)
+    return build_lifted(unshared(content), grids=None, name=name or "lifted", notes=notes)
 
 
 def build_lifted(
@@ -218,9 +220,15 @@ def build_lifted(
     )
     model.float_file = content
     builder.fill(model)
-    if grids is not None:
-        from dwindle.attaching import attach
+    tied = {(link.layer, link.variable): [TiedWeight()] for _, link in followers(builder.links)}
+    if grids is None and not tied:
+        return model
+    from dwindle.attaching import attach
 
-        model = attach(model, builder.fake_quantized(model, learned=ranges == "learned"))
-        model.sync()
+    if grids is None:
+        return cast(LiftedModel, attach(model, tied))
+    rounded = builder.fake_quantized(model, learned=ranges == "learned")
+    both = {key: [*tied.get(key, ()), *rounded.get(key, ())] for key in {**tied, **rounded}}
+    model = cast(LiftedModel, attach(model, both))
+    model.sync()
     return model

@@ -79,6 +79,7 @@ class FakeQuantizedWeight(Transform):
         self.learned = learned
         self.bound = bound
         self.trained = ("bound",) if learned else ()
+        self.leader: Any = None  # the bound of the layer whose weight this one shares
 
     def state(self, shape: tuple[int, ...]) -> dict[str, np.ndarray]:
         """Return the bound, where it is a variable."""
@@ -94,7 +95,7 @@ class FakeQuantizedWeight(Transform):
         ops = keras.ops
         high = quantized_range(self.bits)[1]
         if self.own_bound:
-            largest = ops.abs(ops.convert_to_tensor(state["bound"]))
+            largest = ops.abs(ops.convert_to_tensor(state["bound"] if self.leader is None else self.leader))
             if self.learned:
                 # The step's gradient sums over all weights that share it; this brings it to a weight's size.
                 share = float((np.prod(weight.shape) / max(1, np.prod(largest.shape)) * high) ** -0.5)

@@ -12,6 +12,7 @@ import numpy as np
 from dwindle.errors import ConfigError, DataError, check_choice
 from dwindle.lifting.flatbuffer import read_graph
 from dwindle.lifting.lifted import LiftedModel, build_lifted
+from dwindle.lifting.shared_constants import unshared
 from dwindle.quantization.assignment import assign, widened
 from dwindle.quantization.calibration import METHODS, Ranges, calibrate
 from dwindle.quantization.equalizing import equalize as equalized
@@ -103,7 +104,7 @@ def quantize(
         check_choice(argument, value, accepted)
     if budget is not None and max_drop is not None:
         raise ConfigError("`budget` and `max_drop` both choose the layers' bits; pass one of them")
-    content = float_file(model)
+    content = unshared(float_file(model))
     assign(read_graph(content), chosen)  # a layer that does not exist is said before any work
     looks = {"rounding": rounding != "nearest", "correct_bias": correct_bias, "budget": budget, "max_drop": max_drop}
     looking = [argument for argument, value in looks.items() if value is not None and value is not False]
