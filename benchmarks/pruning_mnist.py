@@ -19,7 +19,7 @@ import numpy as np
 import dwindle as dw
 
 #: Times fewer weights; epochs dense, epochs while pruning, and epochs after it.
-RECIPES = {"mlp": (68, 3, 14, 8), "conv": (100, 2, 9, 6)}
+RECIPES = {"mlp": (60, 5, 30, 25), "conv": (100, 3, 12, 12)}
 BATCH = 256
 
 
