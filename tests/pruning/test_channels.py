@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from pruning_reference import difference
 from zoo import ZOO, samples, settle
+from zoo import outputs as zoo_outputs
 
 import dwindle as dw
 from dwindle.exporting import float_file
@@ -60,6 +61,8 @@ def test_lifted_models_are_cut_and_can_be_exported(name, tmp_path):
     assert difference(plan, samples(model, 4)) < 1e-5
     small = plan.apply()
     assert type(small) is not type(model)
+    values = [zoo_outputs(twin, samples(model, 4)) for twin in (plan.model, model)]
+    np.testing.assert_allclose(values[0][0], values[1][0], atol=1e-6)
     dw.export(small, tmp_path / "small.tflite")
 
 

@@ -15,9 +15,9 @@ from dwindle.attaching import attached
 from dwindle.errors import ConfigError, UnsupportedModelError, check_choice
 from dwindle.pruning.channel_groups import Counts, Group, Groups, groups
 from dwindle.pruning.channel_importance import CHANNEL_CRITERIA, Evidence, scores
-from dwindle.pruning.cutting import cut
+from dwindle.pruning.cutting import cut, untied
 from dwindle.pruning.loss_gradients import labelled_samples, loss_gradients, loss_of
-from dwindle.weights import select
+from dwindle.weights import check_model, select
 
 TARGETS = ("channels", "parameters", "macs", "latency")
 SCOPES = ("layer", "global")
@@ -124,13 +124,19 @@ def plan_channels(
     loss: Any = None,
 ) -> ChannelPlan:
     """Choose the channels to remove; see `prune_channels`."""
-    found = groups(model)
-    if attached(model):
+    check_model(model)
+    kinds = {transform.kind for transforms in attached(model).values() for transform in transforms}
+    if kinds - {"tied"}:
         raise UnsupportedModelError(
             f"`model` ({model.name}) carries masks or other techniques on its weights; pass dw.finalize(model), in "
             "which they are baked into the weights"
         )
+    if kinds:
+        model = untied(model)
+    found = groups(model)
     chosen, notes = _chosen(found, layers, exclude)
+    if kinds:
+        notes.append("weights that several operators of the lifted file share are separate weights of the result")
     evidence = _evidence(model, found, options, data, loss)
     values, unjudged = scores(options.criterion, chosen, evidence)
     notes += unjudged

@@ -8,9 +8,11 @@ from typing import Any
 import keras
 import numpy as np
 
+from dwindle.attaching import copy_variables, effective_weights
 from dwindle.graphs import graph_config
 from dwindle.pruning.analysis import Analysis, Kept
-from dwindle.weights import walk_layers
+from dwindle.transformed_layers import resolve
+from dwindle.weights import raw_variable, walk_layers
 
 
 def keeper(analysis: Analysis, removed: np.ndarray) -> Kept:
@@ -35,15 +37,38 @@ def cut(model: keras.Model, analysis: Analysis, removed: np.ndarray) -> keras.Mo
     kept = keeper(analysis, removed)
     config = dict(graph_config(model.get_config()))
     lifted = hasattr(model, "float_file")
-    if lifted:  # its graph lists its inputs and outputs even where there is one
-        for name in ("input_layers", "output_layers"):
-            config[name] = config[name][0] if len(config[name]) == 1 else config[name]
     cls = keras.Model if lifted else type(model)
-    new = cls.from_config(_edited(config, "", analysis, kept))
+    new = cls.from_config(_edited(_single(config) if lifted else config, "", analysis, kept))
     if not new.built:
         new.build(model.input_shape)
     _copy(model, new, analysis, kept)
     return new
+
+
+def untied(model: keras.Model) -> keras.Model:
+    """Return the plain graph of a lifted model whose layers share constants, each with weights of its own."""
+    baked = effective_weights(model)
+    paths = {path for path, _ in baked}
+    config = dict(graph_config(model.get_config()))
+    config["layers"] = [
+        {**entry, **entry["config"]["layer"]} if entry["config"].get("name") in paths else entry
+        for entry in config["layers"]
+    ]
+    twin = keras.Model.from_config(_single(config))
+    copy_variables(model, twin, copy_states=False)
+    layers = dict(walk_layers(twin))
+    for (path, key), value in baked.items():
+        owner, name = resolve(layers[path], key)
+        variable = raw_variable(owner, name)
+        if variable is not None:
+            variable.assign(value)
+    return twin
+
+
+def _single(config: dict[str, Any]) -> dict[str, Any]:
+    """Return a lifted model's graph, which lists its inputs and outputs even where there is one, without that list."""
+    ends = {name: config[name] for name in ("input_layers", "output_layers")}
+    return config | {name: value[0] if len(value) == 1 else value for name, value in ends.items()}
 
 
 def _edited(config: Mapping[str, Any], prefix: str, analysis: Analysis, kept: Kept) -> dict[str, Any]:
