@@ -26,7 +26,7 @@ def digits():
     from dwindle.data import load_demo_data
 
     data = load_demo_data(full=False)
-    train, test = data.train.take(3000), data.test.take(600)
+    train, test = data.train.pick(np.arange(3000)), data.test.pick(np.arange(600))
     return (train.x[0], train.y.astype(np.int64)), (test.x[0], test.y.astype(np.int64))
 
 

@@ -272,14 +272,22 @@ def test_interrupting_leaves_a_usable_folder_and_resuming_goes_on(place, plan_fi
     out = place / "stopped"
     command = [sys.executable, "-m", "dwindle", "compress", str(place / "cnn.keras"), "--data", str(place / "digits.npz"),
                "--max-drop", "90%", "--max-size", "40KB", "--epochs", "2", "--out", str(out)]  # fmt: skip
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-    deadline = time.monotonic() + 200
-    while not (out / "trials" / "002").exists():
-        assert time.monotonic() < deadline
-        assert process.poll() is None, process.stderr.read()
-        time.sleep(0.1)
-    process.send_signal(signal.SIGINT)
-    _, error = process.communicate(timeout=120)
+    # What a shell runs in the background ignores SIGINT, and so would this; Ctrl-C comes to what runs in front.
+    process = subprocess.Popen(
+        command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )  # fmt: skip
+    with process:
+        try:
+            deadline = time.monotonic() + 200
+            while not (out / "trials" / "002").exists():
+                assert time.monotonic() < deadline
+                assert process.poll() is None, process.stderr.read()
+                time.sleep(0.1)
+            process.send_signal(signal.SIGINT)
+            _, error = process.communicate(timeout=120)
+        finally:
+            process.kill()
     assert process.returncode == 130, error
     assert "Traceback" not in error
     report = json.loads((out / "report.json").read_text())

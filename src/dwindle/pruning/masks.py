@@ -15,7 +15,7 @@ from dwindle.pruning.selection import first_in_order, smallest, smallest_in_grap
 from dwindle.pruning.structures import Element, structure_from_dict
 from dwindle.weights import Transform
 
-#: Weights of up to this many units are ranked at every change of the mask. Larger ones share a ranking among the changes
+#: Weights of up to this many units are ranked at every change of the mask. Larger ones share a ranking among changes
 #: of 8 steps, and one more for every so many units, but of at most `LONGEST_WINDOW` steps: those next in rank go.
 RANKED_AT_ONCE, LONGEST_WINDOW = 4096, 128
 
