@@ -23,6 +23,7 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 import keras
 import numpy as np
 from ai_edge_litert.interpreter import Interpreter
+from schemes import dense
 
 import dwindle as dw
 from dwindle.measuring.latency import compare_latency
@@ -30,17 +31,6 @@ from dwindle.measuring.litert import LiteRTRunner, quiet_stderr
 
 SPARSITIES = (0.5, 0.8, 0.9, 0.95)
 SCHEMES = ("float32", "float16", "int8", "int8-weights")
-
-
-def dense() -> keras.Model:
-    """Return a network of 1.6 million weights in fully connected layers."""
-    layers = keras.layers
-    return keras.Sequential(
-        [
-            keras.Input((512,)), layers.Dense(1024, activation="relu"), layers.Dense(1024, activation="relu"),
-            layers.Dense(10, activation="softmax"),
-        ]
-    )  # fmt: skip
 
 
 def convolutions() -> keras.Model:

@@ -107,11 +107,7 @@ def quantize(
     content = unshared(float_file(model))
     assign(read_graph(content), chosen)  # a layer that does not exist is said before any work
     looks = {"rounding": rounding != "nearest", "correct_bias": correct_bias, "budget": budget, "max_drop": max_drop}
-    looking = [argument for argument, value in looks.items() if value is not None and value is not False]
-    if looking and data is None and not chosen.needs_data:
-        raise DataError(f"`{looking[0]}` looks at `data`, which is None; pass a few hundred training samples")
-    if looking or chosen.needs_data:
-        samples = calibration_samples(input_shapes(model, content), data)
+    samples = _looked_at(model, content, chosen, data, looks)
     if equalize:
         content = equalized(content)
     bits = chosen.activations if chosen.is_static else 8
@@ -139,6 +135,18 @@ def quantize(
         content, chosen, found, name=model.name, keep_zeros=keep_zeros, training_ranges=ranges, weight_bounds=bounds,
         notes=not_refined(read_graph(content), choices, rounding=rounding, clipping=clipping),
     )  # fmt: skip
+
+
+def _looked_at(
+    model: keras.Model, content: bytes, scheme: Scheme, data: Any, looks: Mapping[str, Any]
+) -> tuple[np.ndarray, ...]:
+    """Return the samples that calibration, or an argument of `quantize` that is set, looks at; none where none does."""
+    looking = [argument for argument, value in looks.items() if value is not None and value is not False]
+    if not looking and not scheme.needs_data:
+        return ()
+    if data is None and not scheme.needs_data:
+        raise DataError(f"`{looking[0]}` looks at `data`, which is None; pass a few hundred training samples")
+    return calibration_samples(input_shapes(model, content), data)
 
 
 def simulate(
