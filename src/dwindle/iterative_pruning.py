@@ -15,11 +15,12 @@ import keras
 import numpy as np
 
 from dwindle.attaching import attach, attached, effective_weights
-from dwindle.data import Data, Split, fit_to_model, read_data
+from dwindle.data import Data, Split, fit_to_model
 from dwindle.errors import ConfigError, DataError
 from dwindle.files import write_text
 from dwindle.loading import load
 from dwindle.measuring.accuracy import check_metric, evaluate, higher_is_better
+from dwindle.model_samples import fitted
 from dwindle.pruning.single_weights import prune_weights
 from dwindle.pruning.structures import Pattern, structure_of
 
@@ -267,10 +268,7 @@ def _training(model: keras.Model, train: Any) -> tuple[Any, ...]:
 
 
 def _samples(model: keras.Model, validation: Any) -> Split:
-    found = fit_to_model(
-        read_data(validation), [tuple(tensor.shape[1:]) for tensor in model.inputs], None,
-        input_dtypes=[keras.backend.standardize_dtype(tensor.dtype) for tensor in model.inputs],
-    )  # fmt: skip
+    found = fitted(model, validation)
     split = found.val or found.test or found.train
     if split is None or split.y is None:
         raise DataError(f"data `{found.source}` has no labels, and `validation` needs them")

@@ -11,6 +11,18 @@ import numpy as np
 from dwindle.data import Data, Split, fit_to_model, read_data
 
 
+def fitted(model: keras.Model, data: Any) -> Data:
+    """Return what `dwindle.data.read_data` reads, shaped as the model takes it.
+
+    Raises:
+        DataError: If it does not fit.
+    """
+    dtypes = [keras.backend.standardize_dtype(tensor.dtype) for tensor in model.inputs]
+    return fit_to_model(
+        read_data(data), [tuple(tensor.shape[1:]) for tensor in model.inputs], None, input_dtypes=dtypes
+    )
+
+
 def samples_for(model: keras.Model, data: Any, count: int, *, judge: bool = False) -> Split:
     """Return at most ``count`` samples, spread over all, shaped as the model takes them.
 
@@ -28,9 +40,7 @@ def samples_for(model: keras.Model, data: Any, count: int, *, judge: bool = Fals
         data = Split(x=tuple(data), y=None)
     if isinstance(data, Split):
         data = Data(train=None, val=None, test=data, source="arrays", class_names=None, sha256="")
-    dtypes = [keras.backend.standardize_dtype(tensor.dtype) for tensor in model.inputs]
-    shapes = [tuple(tensor.shape[1:]) for tensor in model.inputs]
-    found = fit_to_model(read_data(data), shapes, None, input_dtypes=dtypes)
+    found = fitted(model, data)
     split = found.evaluation() if judge or found.train is None else found.train
     return split.take(count)
 

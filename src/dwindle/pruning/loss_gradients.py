@@ -9,8 +9,9 @@ from typing import Any
 import keras
 import numpy as np
 
-from dwindle.data import Data, Split, fit_to_model, read_data
+from dwindle.data import Split
 from dwindle.errors import ConfigError, DataError
+from dwindle.model_samples import fitted
 
 
 def labelled_samples(model: keras.Model, data: Any, samples: int, needed_by: str) -> Split:
@@ -28,10 +29,7 @@ def labelled_samples(model: keras.Model, data: Any, samples: int, needed_by: str
     """
     if data is None:
         raise ConfigError(f"`data` is None, and {needed_by} needs labelled samples, such as (x, y)")
-    found: Data = fit_to_model(
-        read_data(data), [tuple(t.shape[1:]) for t in model.inputs], None,
-        input_dtypes=[keras.backend.standardize_dtype(t.dtype) for t in model.inputs],
-    )  # fmt: skip
+    found = fitted(model, data)
     split = found.train or found.val or found.test
     if split is None or split.y is None:
         raise DataError(f"data `{found.source}` has no labels, and {needed_by} needs them")
