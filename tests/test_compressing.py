@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import signal
 
 import keras
 import numpy as np
@@ -105,6 +107,29 @@ def test_without_labels_only_quantization_is_tried(trained, digits, tmp_path):
     names = [trial["name"] for trial in result.report["trials"]]
     assert names == ["original, float32", "int8 after training", "int8 weights, dynamic", "float16"]
     assert result.report["result"]["accuracy"] is None
+
+
+@pytest.mark.parametrize("place", ["begins", "epoch 1/"])
+def test_an_interruption_that_a_callback_swallows_still_stops_the_search(place, trained, digits, tmp_path):
+    (x, y), _ = digits
+    lines = []
+
+    def say(line):
+        lines.append(line)
+        if line.startswith("[1]") and place in line:
+            with contextlib.suppress(KeyboardInterrupt):
+                signal.raise_signal(signal.SIGINT)
+
+    plan = Plan(
+        name="student", steps=(("shrink", {"width": 0.3}), ("train", {"epochs": 3}), ("export", {"scheme": "int8"}))
+    )
+    result = dw.compress(
+        trained, (x[:200], y[:200]), (x[200:300], y[200:300]), Goals(max_drop="90%"), tmp_path / "out", plan=plan, say=say
+    )  # fmt: skip
+    assert result.interrupted
+    assert [trial["id"] for trial in result.report["trials"]] == ["000"]
+    assert not any("epoch 2/" in line for line in lines)
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
 def test_a_regression_model_is_compressed_by_its_error(tmp_path):

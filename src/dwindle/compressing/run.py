@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from dwindle.errors import ConfigError, DataError
 from dwindle.exporting import output_quanta, predict
 from dwindle.exporting.verify import BOUNDS, compare
 from dwindle.files import write_text
+from dwindle.interruption import interruptible
 from dwindle.lifting import lift
 from dwindle.measuring import (
     LiteRTRunner,
@@ -132,15 +133,28 @@ def compress(
         data=fitted, goals=goals, store=store, metric=metric, epochs=epochs, threads=threads, plan=plan, say=say,
     )  # fmt: skip
     search.bench = _with_current(search, say)
-    interrupted = False
-    try:
-        search.run()
-    except KeyboardInterrupt:
-        interrupted = True
-        say("interrupted: writing down what was found so far; go on with --resume")
+    interrupted = _run(search)
     facts = {"source": source or model.name, "command": command or _call(goals, out, seed), "seed": seed,
              "seconds": round(time.monotonic() - begun, 1), "interrupted": interrupted, "threads": threads}  # fmt: skip
     return _conclude(search, facts)
+
+
+def _run(search: Search) -> bool:
+    """Search; return whether the user stopped it."""
+    with interruptible() as interruption:
+        search.bench = replace(search.bench, interruption=interruption)
+        try:
+            search.run()
+        except Exception:
+            # A native library that is interrupted in a callback raises an error of its own.
+            if not interruption.asked:
+                raise
+        except KeyboardInterrupt:
+            pass
+        else:
+            return False
+    search.say("interrupted: writing down what was found so far; go on with --resume")
+    return True
 
 
 def _silent(_line: str) -> None:
@@ -149,8 +163,6 @@ def _silent(_line: str) -> None:
 
 def _with_current(search: Search, say: Say) -> Workbench:
     """Return the bench whose progress lines begin with the trial in progress."""
-    from dataclasses import replace
-
     return replace(search.bench, say=lambda line: say(f"{search.current}: {line}"))
 
 

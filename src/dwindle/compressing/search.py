@@ -125,6 +125,7 @@ class Search:
         self.say(f"[{number}] {plan.name}: skipped, {reason}")
 
     def _try(self, plan: Plan) -> dict[str, Any]:
+        self.bench.interruption.check()
         number = len(self.trials)
         self.current = f"[{number}] {plan.name}"
         before = self.store.finished(number)
@@ -141,6 +142,7 @@ class Search:
                 record = self._carry_out(plan, number, working)
         except _REASONS as error:
             record = _record(number, plan, status="failed", reason=str(error))
+        self.bench.interruption.check()  # what an interruption broke is no result
         record["seconds"] = round(time.monotonic() - begun, 2)
         self.trials.append(record)
         if record["status"] == "done":

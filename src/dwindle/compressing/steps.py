@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import keras
@@ -14,6 +14,7 @@ from dwindle.data import Split
 from dwindle.distillation import distill, ends_in
 from dwindle.errors import ConfigError
 from dwindle.exporting import pack_inputs
+from dwindle.interruption import Interruption, StopTraining
 from dwindle.pruning import PolynomialDecay, prune
 from dwindle.quantization import quantize
 from dwindle.shrinking import shrink
@@ -36,6 +37,7 @@ class Workbench:
         distills: Whether the original can teach (one output of at least two classes).
         seed: Seeds weights and the order of samples.
         say: Called with progress, one line.
+        interruption: Asked at each step and batch.
     """
 
     original: keras.Model
@@ -44,6 +46,7 @@ class Workbench:
     distills: bool
     seed: int
     say: Say
+    interruption: Interruption = field(default_factory=Interruption)
 
 
 def run_steps(steps: Any, bench: Workbench) -> keras.Model:
@@ -51,6 +54,7 @@ def run_steps(steps: Any, bench: Workbench) -> keras.Model:
     model = bench.original
     steps = list(steps)
     for number, (step, options) in enumerate(steps):
+        bench.interruption.check()
         if step == "export":
             break
         if step == "prune":
@@ -92,7 +96,7 @@ def _train(model: keras.Model, options: Mapping[str, Any], bench: Workbench) -> 
     learner.compile(keras.optimizers.Adam(rate), loss=bench.loss)
     learner.fit(
         pack_inputs(model, split.x), split.y, batch_size=BATCH_SIZE, epochs=options["epochs"], verbose=0,
-        callbacks=[_Progress(bench.say, options["epochs"])],
+        callbacks=[_Progress(bench.say, options["epochs"]), StopTraining(bench.interruption)],
     )  # fmt: skip
     return model
 
