@@ -1,8 +1,8 @@
 """Ctrl-C that long work cannot miss.
 
-Python raises `KeyboardInterrupt` wherever it happens to be; where that is a finalizer or a callback of a native library,
-the exception is printed and dropped, and the work goes on as if nobody had asked. Here the wish is remembered as well,
-and long work asks for it at its own steps.
+Python raises `KeyboardInterrupt` wherever it happens to be; where that is a finalizer or a callback of a native
+library, the exception is printed and dropped, and the work goes on as if nobody had asked. Here the wish is remembered
+as well, and long work asks for it at its own steps.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class StopTraining(keras.callbacks.Callback):
         super().__init__()
         self._interruption = interruption
 
-    def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
+    def on_train_batch_end(self, batch: int, logs: Any = None) -> None:  # noqa: ARG002 - Keras calls it so
         """Stop if it was asked for."""
         self._interruption.check()
 
