@@ -118,7 +118,8 @@ def test_shrinking_a_residual_network_fits_together():
         ({"alpha": 1.5}, r"`alpha` is 1.5"),
         ({"beta": -1}, "`beta` is -1"),
         ({"teacher": linear(np.ones((3, 3)))}, r"`student` gives \(None, 10\) and `teacher` gives \(None, 3\)"),
-        ({"teacher": "teacher.keras"}, "`teacher` is a str"),
+        ({"teacher": "teacher.keras"}, "`teacher.keras` does not exist"),
+        ({"teacher": 3}, "`teacher` is a int"),
     ],
 )
 def test_bad_input(trained, arguments, message):
