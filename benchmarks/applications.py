@@ -29,6 +29,7 @@ import numpy as np
 import dwindle as dw
 from dwindle.exporting import check, float_file, predict
 from dwindle.exporting.verify import BOUNDS
+from dwindle.lifting.shared_constants import unshared
 from dwindle.measuring import LiteRTRunner
 from dwindle.quantization import calibrate, resolve_scheme, simulate, write_quantized
 
@@ -72,7 +73,7 @@ def one(name: str) -> dict[str, Any]:
     begun = time.time()
     model = built(name)
     x = images(model, SAMPLES)
-    content = float_file(model)
+    content = unshared(float_file(model))
     lifted = dw.lift(content)
     expected = LiteRTRunner(content).predict([x])[0]
     error, noise = (

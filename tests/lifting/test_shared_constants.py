@@ -12,6 +12,7 @@ from dwindle.exporting import float_file, pack_inputs
 from dwindle.lifting.flatbuffer import read_graph
 from dwindle.lifting.shared_constants import followers, unshared
 from dwindle.measuring import LiteRTRunner
+from dwindle.quantization import resolve_scheme, write_quantized
 
 layers = keras.layers
 
@@ -43,6 +44,32 @@ def test_quantized_training_of_a_shared_weight_is_what_the_file_computes(name, r
     model.save(tmp_path / "m.keras")
     again = trained(keras.saving.load_model(tmp_path / "m.keras", safe_mode=True), inputs)
     assert dw.export(again, tmp_path / "again.tflite", data=inputs).verification.quanta == 0.0
+
+
+def test_accumulators_of_layers_that_share_only_a_bias_have_the_steps_of_the_file():
+    inputs = keras.Input((12,))
+    hidden = layers.Dense(8, activation="relu")(inputs)
+    one, other = (layers.Dense(1, bias_initializer=keras.initializers.Constant(0.25)) for _ in range(2))
+    merged = layers.Add()([one(inputs), other(hidden)])  # the converter merges the two biases
+    samples = [np.random.default_rng(0).normal(size=(96, 12)).astype(np.float32)]
+    model = dw.quantize(keras.Model(inputs, merged), scheme="int8", data=samples)
+    assert [follower.variable for _, follower in followers(model.links)] == ["bias"]
+    written = write_quantized(model.float_file, resolve_scheme("int8"), model.quantization["ranges"])
+    steps = {}
+    for operation in read_graph(written).operations:
+        if operation.name in ("CONV_2D", "FULLY_CONNECTED"):
+            given, kernel, output = operation.inputs[0], operation.inputs[1], operation.outputs[0]
+            steps[output.name] = np.ravel(kernel.scale) * np.ravel(given.scale) / np.ravel(output.scale)
+    checked = 0
+    for layer, (source, *_) in model.quantization["snaps"].items():
+        link = next((link for link in model.links if link.layer == source and link.variable == "kernel"), None)
+        fake = model.get_layer(layer)
+        if link is None or not np.any(fake.step):
+            continue
+        found = np.asarray(fake.step)
+        assert any(s.size in (1, found.size) and np.allclose(found, s, rtol=1e-5) for s in steps.values()), layer
+        checked += 1
+    assert checked == 3
 
 
 def test_a_lifted_model_trains_a_shared_weight_once_and_writes_it_back():

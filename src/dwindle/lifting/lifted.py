@@ -149,7 +149,7 @@ class LiftedModel(keras.Model):
 
 def _kernel_scales(layer: Any) -> np.ndarray:
     """Return the scale of each output channel of a layer's kernel, or that of its constant, as it is now."""
-    counts = layer.counts_of(next(iter(layer.__dict__["_dwindle_transforms"])))
+    counts = layer.counts_of(next(key for key in layer.__dict__["_dwindle_transforms"] if key != "bias"))
     return np.ravel(keras.ops.convert_to_numpy(counts[1])).astype(np.float32)
 
 
