@@ -22,6 +22,7 @@ _NAMES: dict[str, str] = {
     "DwindleError": "dwindle.errors",
     "Goals": "dwindle.compressing.goals",
     "Measurement": "dwindle.measuring",
+    "MicroExport": "dwindle.micro",
     "MissingDependencyError": "dwindle.errors",
     "Plan": "dwindle.compressing.plans",
     "PolynomialDecay": "dwindle.pruning",
@@ -35,6 +36,7 @@ _NAMES: dict[str, str] = {
     "compress": "dwindle.compressing.run",
     "distill": "dwindle.distillation",
     "export": "dwindle.exporting",
+    "export_micro": "dwindle.micro",
     "factorize": "dwindle.factorization",
     "finalize": "dwindle.finalizing",
     "inspect_file": "dwindle.measuring",
@@ -85,6 +87,8 @@ if TYPE_CHECKING:
     from dwindle.measuring import inspect_file as inspect_file
     from dwindle.measuring import inspect_model as inspect_model
     from dwindle.measuring import measure as measure
+    from dwindle.micro import MicroExport as MicroExport
+    from dwindle.micro import export_micro as export_micro
     from dwindle.pruning import Constant as Constant
     from dwindle.pruning import PolynomialDecay as PolynomialDecay
     from dwindle.pruning import prune as prune

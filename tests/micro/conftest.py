@@ -1,0 +1,52 @@
+"""A trained CNN's full-integer file, with samples in its own type."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+
+import numpy as np
+import pytest
+
+from dwindle.exporting import export
+from dwindle.lifting.flatbuffer import parse, read_graph, serialize
+from dwindle.measuring.litert import LiteRTRunner, quantize
+
+
+@dataclasses.dataclass(frozen=True)
+class IntegerFile:
+    content: bytes
+    samples: list[np.ndarray]
+
+
+def integer_file(model, digits, folder, scheme="int8", count=24) -> IntegerFile:
+    (x_train, _), (x_test, _) = digits
+    export(model, folder / "model.tflite", scheme=scheme, data=x_train[:200], io_type="int8")
+    content = (folder / "model.tflite").read_bytes()
+    return IntegerFile(content, [quantize(x_test[:count], LiteRTRunner(content).inputs[0])])
+
+
+@pytest.fixture(scope="session")
+def cnn_file(trained, digits, tmp_path_factory) -> IntegerFile:
+    return integer_file(trained, digits, tmp_path_factory.mktemp("cnn"))
+
+
+@pytest.fixture(scope="session")
+def per_tensor_file(trained, digits, tmp_path_factory) -> IntegerFile:
+    from dwindle.quantization import SCHEMES
+
+    scheme = dataclasses.replace(SCHEMES["int8"], granularity="tensor")
+    return integer_file(trained, digits, tmp_path_factory.mktemp("per_tensor"), scheme)
+
+
+def clustered(content: bytes, values: int = 16) -> bytes:
+    """Return the file with each kernel's integers rounded to that many, evenly spaced."""
+    model = copy.deepcopy(parse(content))
+    grid = np.linspace(-127, 127, values).round().astype(int)
+    for operation in read_graph(content).operations:
+        kernel = operation.inputs[1] if len(operation.inputs) > 1 else None
+        if kernel is None or kernel.value is None or kernel.dtype != np.int8 or kernel.value.ndim < 2:
+            continue
+        nearest = grid[np.abs(kernel.value.astype(int)[..., None] - grid).argmin(-1)].astype(np.int8)
+        model.buffers[kernel.buffer].data = np.frombuffer(nearest.tobytes(), np.uint8)
+    return serialize(model)
