@@ -92,25 +92,6 @@ def test_ends_in_sees_through_nested_and_separate_activations():
     assert not ends_in(linear(np.eye(3)), "softmax")
 
 
-def test_shrinking_keeps_inputs_outputs_and_halves_widths():
-    twin = dw.shrink(small_cnn(), width=0.5)
-    assert twin.get_layer("conv").filters == 4
-    assert twin.get_layer("hidden").units == 16
-    assert twin.get_layer("digit").units == 10
-    assert twin.output_shape == (None, 10)
-    again = dw.shrink(small_cnn(), width=0.5)
-    assert all(np.array_equal(a.numpy(), b.numpy()) for a, b in zip(twin.variables, again.variables, strict=True))
-
-
-def test_shrinking_a_residual_network_fits_together():
-    from zoo import ZOO
-
-    model = ZOO["residual"]()
-    twin = dw.shrink(model, width=0.5)
-    assert twin.count_params() < model.count_params() / 2
-    assert twin.output_shape == model.output_shape
-
-
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -125,19 +106,3 @@ def test_shrinking_a_residual_network_fits_together():
 def test_bad_input(trained, arguments, message):
     with pytest.raises(dw.ConfigError, match=message):
         dw.distill(**{"student": small_cnn(), "teacher": trained, **arguments})
-
-
-def test_bad_width():
-    with pytest.raises(dw.ConfigError, match="`width` is 2"):
-        dw.shrink(small_cnn(), width=2)
-    fixed = keras.Sequential(
-        [
-            keras.Input((4,)),
-            keras.layers.Dense(8),
-            keras.layers.Reshape((2, 4)),
-            keras.layers.Flatten(),
-            keras.layers.Dense(2),
-        ]
-    )
-    with pytest.raises(dw.UnsupportedModelError, match=r"can't be made 0\.5 as wide"):
-        dw.shrink(fixed, width=0.5)

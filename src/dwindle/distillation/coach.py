@@ -13,13 +13,11 @@ from dwindle.distillation.annealing import Annealed, resolve_temperature
 from dwindle.distillation.features import FeatureObjective, find_layer, watched, zeros_for
 from dwindle.distillation.objectives import Lesson, Objective, OutputObjective, resolve_objective
 from dwindle.distillation.outputs import logits
-from dwindle.distillation.recording import Recording, check_finite
+from dwindle.distillation.recording import Recording
 from dwindle.distillation.teachers import Teacher, teacher_from_dict
 from dwindle.errors import ConfigError, DataError
 
 _INPUTS, _TOLD = "dwindle_inputs", "dwindle_told"
-# A teacher is tried on this many samples before training begins.
-_TRIED = 64
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -118,7 +116,7 @@ class Coach(keras.Model):
             names = {one.layers[side] for one in pairs if one.layers}
             layers = {name: find_layer(model, name, f"features ({argument})") for name in names}
             with watched(layers) as seen:
-                model(zeros_for(model), training=False)
+                model(keras.tree.map_structure(keras.ops.convert_to_tensor, zeros_for(model)), training=False)
             sides.append({name: (None, *seen[name].shape[1:]) for name in names})
             self._watched[argument] = _Untracked(layers)
         numbers: list[int | None] = []
@@ -304,7 +302,10 @@ class Coach(keras.Model):
         self, x: Any = None, y: Any = None, batch_size: int | None = None, epochs: int = 1, verbose: Any = "auto",
         callbacks: Any = None, **kwargs: Any,
     ) -> Any:  # fmt: skip
-        """Train the student, as `keras.Model.fit`; with recorded outputs, ``x`` must be the arrays that were recorded.
+        """Train the student, as `keras.Model.fit`.
+
+        With recorded outputs, ``x`` must be the arrays that were recorded. A file or a function is run once over ``x``
+        where it is arrays, before training; with a data set, in every step.
 
         Raises:
             DataError: If the recorded outputs are of other data, or a teacher returns NaN or infinity.
@@ -317,29 +318,21 @@ class Coach(keras.Model):
         )  # fmt: skip
 
     def _prepared(self, x: Any) -> Any:
-        """Return the samples, with the recorded outputs that belong to them; try the teachers on some."""
-        recorded = {number: one for number, one in enumerate(self._teachers) if isinstance(one, Recording)}
+        """Return the samples, with what teachers say of them that are recordings, files or functions."""
         arrays = all(isinstance(part, np.ndarray) for part in keras.tree.flatten(x))
-        if recorded and not arrays:
-            raise DataError(
-                f"`x` is a {type(x).__name__}, and `teacher` is a recording, which goes with NumPy arrays; pass the "
-                "arrays that were recorded, or the teacher itself"
-            )
-        if arrays:
-            few = keras.tree.map_structure(lambda array: array[:_TRIED], x)
-            for one in self._teachers:
-                if one is not None and not isinstance(one, Recording) and one.model is None:
-                    for value in one.run(few):
-                        check_finite(value, 0, len(value))
-        if not recorded:
-            return x
-        for one in recorded.values():
-            one.check(x)
-        told = {
-            str(number): {str(place): np.asarray(array) for place, array in enumerate(one.arrays)}
-            for number, one in recorded.items()
-        }
-        return {_INPUTS: x, _TOLD: told}
+        told: dict[str, dict[str, np.ndarray]] = {}
+        for number, one in enumerate(self._teachers):
+            if one is None or one.model is not None:
+                continue
+            if arrays:
+                values = one.run(x) if isinstance(one, Recording) else one.run_all(x)
+                told[str(number)] = {str(place): value for place, value in enumerate(values)}
+            elif isinstance(one, Recording):
+                raise DataError(
+                    f"`x` is a {type(x).__name__}, and `teacher` is a recording, which goes with NumPy arrays; pass "
+                    "the arrays that were recorded, or the teacher itself"
+                )
+        return {_INPUTS: x, _TOLD: told} if told else x
 
     def get_config(self) -> dict[str, Any]:
         """Return the models, where the other teachers are found, and the settings."""

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import keras
+import numpy as np
 
 from dwindle.distillation.objectives import Objective
 from dwindle.errors import ConfigError, did_you_mean
@@ -230,15 +231,20 @@ def watched(layers: Mapping[str, keras.layers.Layer]) -> Iterator[dict[str, Any]
 
 
 def zeros_for(model: keras.Model) -> Any:
-    """Return two samples of zeros in the form that a model takes; 8 where a size is free.
+    """Return two samples of zeros, as arrays in the form that a model takes; 8 where a size is free.
 
     Raises:
         ConfigError: If the model does not know its inputs.
     """
     if not getattr(model, "inputs", None):
         raise ConfigError(
-            f"`{model.name}` does not know its inputs, so that `features` can't be looked at; call it once"
+            f"`{model.name}` does not know its inputs; make it a functional model, such as dw.lift(model)"
         )
-    return keras.tree.map_structure(
-        lambda tensor: keras.ops.zeros((2, *(size or 8 for size in tensor.shape[1:])), tensor.dtype), model.input
-    )
+    arrays = [
+        np.zeros((2, *(size or 8 for size in tensor.shape[1:])), keras.backend.standardize_dtype(tensor.dtype))
+        for tensor in model.inputs
+    ]
+    structure = getattr(model, "input", None)  # which a sequential model does not have
+    if isinstance(structure, dict | list | tuple):
+        return keras.tree.pack_sequence_as(structure, arrays)
+    return arrays[0] if len(arrays) == 1 else arrays

@@ -12,7 +12,7 @@ import keras
 import numpy as np
 
 from dwindle.distillation.outputs import Output, logits
-from dwindle.distillation.teachers import Teacher, resolve_teacher
+from dwindle.distillation.teachers import Teacher, check_finite, resolve_teacher, rows
 from dwindle.errors import ConfigError, ConversionError, DataError, check_choice
 from dwindle.files import replace_folder, temporary_folder, write_text
 
@@ -145,10 +145,10 @@ def record(
             f"`x` has arrays of {[len(array) for array in flat]} samples; all must have as many, at least 1"
         )
     arrays = keras.tree.map_structure(np.asarray, x)
-    source = resolve_teacher(teacher, x=_rows(arrays, 0, 2))
+    source = resolve_teacher(teacher, x=rows(arrays, 0, 2))
     if isinstance(source, Recording):
         raise ConfigError("`teacher` is a recording itself; pass what was recorded")
-    first = source.run(_rows(arrays, 0, min(batch_size, len(flat[0]))))
+    first = source.run(rows(arrays, 0, min(batch_size, len(flat[0]))))
     said = hashlib.sha256(source.fingerprint().encode("utf8"))
     if not source.model:  # a function may say something else under the same name
         for value in first:
@@ -190,7 +190,7 @@ def _write(
 ) -> None:  # fmt: skip
     files: list[np.memmap[Any, Any]] = []
     for start in range(0, count, batch_size):
-        made = source.run(_rows(arrays, start, start + batch_size))
+        made = source.run(rows(arrays, start, start + batch_size))
         values = [_as_logits(value, spec) for value, spec in zip(made, source.specs, strict=True)]
         if not files:
             files = [
@@ -212,35 +212,12 @@ def _write(
         file.flush()
 
 
-def check_finite(values: np.ndarray, start: int, count: int) -> None:
-    """Raise if a teacher's outputs have NaN or infinity.
-
-    Args:
-        values: Outputs of some samples.
-        start: The number of the first.
-        count: Of all samples.
-
-    Raises:
-        DataError: With the first sample that has.
-    """
-    bad = ~np.isfinite(values.reshape(len(values), -1)).all(axis=1)
-    if bad.any():
-        raise DataError(
-            f"`teacher` returns NaN or infinity for sample {start + int(bad.argmax())} of {count}; look at that "
-            "sample, and at the teacher's weights"
-        )
-
-
 def _as_logits(value: np.ndarray, spec: Output) -> np.ndarray:
     if spec.gives_logits:
         return np.asarray(value, np.float32)
     task = "classes" if spec.activation == "softmax" else "binary"
     found: np.ndarray = np.asarray(keras.ops.convert_to_numpy(logits(keras.ops.convert_to_tensor(value), task, False)))
     return found
-
-
-def _rows(arrays: Any, start: int, stop: int) -> Any:
-    return keras.tree.map_structure(lambda array: array[start:stop], arrays)
 
 
 def data_hash(arrays: list[np.ndarray]) -> str:

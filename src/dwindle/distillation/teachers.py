@@ -6,13 +6,13 @@ import hashlib
 import importlib
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import keras
 import numpy as np
 
+from dwindle.distillation.features import zeros_for
 from dwindle.distillation.outputs import Output, outputs_of_model
 from dwindle.errors import ConfigError, DataError
 from dwindle.files import sha256_of
@@ -38,6 +38,20 @@ class Teacher:
     def run(self, x: Any) -> list[np.ndarray]:
         """Return the outputs for a batch of arrays."""
         raise NotImplementedError
+
+    def run_all(self, x: Any, batch_size: int = 256) -> list[np.ndarray]:
+        """Return the outputs for arrays of any length, checked.
+
+        Raises:
+            DataError: If there is NaN or infinity among them.
+        """
+        count = len(keras.tree.flatten(x)[0])
+        parts = []
+        for start in range(0, count, batch_size):
+            parts.append(self.run(rows(x, start, start + batch_size)))
+            for value in parts[-1]:
+                check_finite(value, start, count)
+        return [np.concatenate(each) for each in zip(*parts, strict=True)]
 
     def fingerprint(self) -> str:
         """Return a hash that changes with what it says."""
@@ -165,9 +179,10 @@ class FileTeacher(FunctionTeacher):
         self.path = Path(path)
         self._runner = LiteRTRunner(self.path)
         endings = _file_endings(self.path)
+        self._steps = [step for _, step in endings]
         self.specs = [
             Output(shape=(None, *(None if size < 0 else size for size in spec.shape[1:])), activation=ending)
-            for spec, ending in zip(self._runner.outputs, endings, strict=True)
+            for spec, (ending, _) in zip(self._runner.outputs, endings, strict=True)
         ]
         self.function = self._predict
 
@@ -176,8 +191,8 @@ class FileTeacher(FunctionTeacher):
         made = self._runner.predict(arrays, batch_size=len(arrays[0]))
         # Of a quantized probability 0 stands for anything below half a step, and 1 for anything above.
         return [
-            np.clip(value, spec.scale / 2, 1 - spec.scale / 2) if spec.scale and not output.gives_logits else value
-            for value, spec, output in zip(made, self._runner.outputs, self.specs, strict=True)
+            np.clip(value, step / 2, 1 - step / 2) if step and not spec.gives_logits else value
+            for value, step, spec in zip(made, self._steps, self.specs, strict=True)
         ]
 
     def fingerprint(self) -> str:
@@ -189,25 +204,31 @@ class FileTeacher(FunctionTeacher):
         return {"kind": "file", "path": str(self.path), "sha256": sha256_of(self.path)}
 
 
-def _file_endings(path: Path) -> list[str]:
-    """Return ``softmax`` or ``sigmoid`` for outputs of a file that end so, else ``linear``."""
+def _file_endings(path: Path) -> list[tuple[str, float]]:
+    """Return ``softmax`` or ``sigmoid`` for outputs of a file that end so, else ``linear``; and an output's step."""
     from dwindle.lifting.flatbuffer import read_graph
 
     graph = read_graph(path.read_bytes())
     makers = {tensor.index: operation for operation in graph.operations for tensor in operation.outputs}
     found = []
-    for tensor in graph.outputs:
-        maker = makers.get(tensor.index)
-        while maker is not None and maker.name in ("QUANTIZE", "DEQUANTIZE", "RESHAPE"):
-            before = maker.inputs[0]
-            maker = None if before is None else makers.get(before.index)
+    for output in graph.outputs:
+        tensor, maker, step = output, makers.get(output.index), 0.0
+        while True:
+            step = step or (float(np.max(tensor.scale)) if tensor.is_quantized and tensor.scale is not None else 0.0)
+            before = maker.inputs[0] if maker is not None else None
+            if maker is None or before is None or maker.name not in ("QUANTIZE", "DEQUANTIZE", "RESHAPE"):
+                break
+            tensor, maker = before, makers.get(before.index)
         name = maker.name if maker is not None else ""
-        found.append({"SOFTMAX": "softmax", "LOGISTIC": "sigmoid"}.get(name, "linear"))
+        found.append(({"SOFTMAX": "softmax", "LOGISTIC": "sigmoid"}.get(name, "linear"), step))
     return found
 
 
 def called_back(run: Callable[[Any], list[np.ndarray]], x: Any, shapes: Sequence[Sequence[int | None]]) -> list[Any]:
     """Return as tensors what a function on arrays makes of tensors, on any backend.
+
+    In a compiled TensorFlow step, a function that itself runs TensorFlow needs a machine with several cores, since it
+    holds one of the threads that it waits for.
 
     Args:
         run: Takes arrays in the structure of ``x``; returns float32 arrays.
@@ -223,6 +244,8 @@ def called_back(run: Callable[[Any], list[np.ndarray]], x: Any, shapes: Sequence
     if backend == "tensorflow":
         import tensorflow as tf
 
+        if tf.executing_eagerly():
+            return [tf.convert_to_tensor(value) for value in on_arrays(*flat)]
         made = tf.numpy_function(on_arrays, flat, [tf.float32] * len(shapes), stateful=False)
         for value, shape in zip(made, shapes, strict=True):
             value.set_shape([flat[0].shape[0], *shape])
@@ -265,9 +288,7 @@ def resolve_teacher(source: Any, student: keras.Model | None = None, x: Any = No
         return ModelTeacher(load(path))
     if callable(source):
         if x is None and student is not None:
-            x = keras.tree.map_structure(
-                lambda tensor: np.zeros((2, *(size or 1 for size in tensor.shape[1:])), tensor.dtype), student.input
-            )
+            x = zeros_for(student)
         return FunctionTeacher(source, x)
     raise ConfigError(
         f"`teacher` is a {type(source).__name__}; it must be a keras.Model, a path, a function or recorded outputs"
@@ -309,6 +330,25 @@ def _shapes(x: Any) -> str:
     return ", ".join(str(np.shape(array)) for array in keras.tree.flatten(x))
 
 
-def as_logits(spec: Output) -> Output:
-    """Return an output whose values have been turned into logits."""
-    return replace(spec, recovered=True)
+def check_finite(values: np.ndarray, start: int, count: int) -> None:
+    """Raise if a teacher's outputs have NaN or infinity.
+
+    Args:
+        values: Outputs of some samples.
+        start: The number of the first.
+        count: Of all samples.
+
+    Raises:
+        DataError: With the first sample that has.
+    """
+    bad = ~np.isfinite(values.reshape(len(values), -1)).all(axis=1)
+    if bad.any():
+        raise DataError(
+            f"`teacher` returns NaN or infinity for sample {start + int(bad.argmax())} of {count}; look at that "
+            "sample, and at the teacher's weights"
+        )
+
+
+def rows(arrays: Any, start: int, stop: int) -> Any:
+    """Return some samples of arrays in any structure."""
+    return keras.tree.map_structure(lambda array: array[start:stop], arrays)
