@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 
+import keras
 import numpy as np
 import pytest
 
@@ -50,3 +51,17 @@ def clustered(content: bytes, values: int = 16) -> bytes:
         nearest = grid[np.abs(kernel.value.astype(int)[..., None] - grid).argmin(-1)].astype(np.int8)
         model.buffers[kernel.buffer].data = np.frombuffer(nearest.tobytes(), np.uint8)
     return serialize(model)
+
+
+@pytest.fixture(scope="session")
+def rows(digits):
+    """A recurrent model over the rows of digits, trained, and digits as sequences of shape ``(n, 28, 28)``."""
+    from micro.test_streaming import whole_model
+
+    (x_train, y_train), (x_test, _) = digits
+    keras.utils.set_random_seed(0)
+    model = whole_model()
+    model.compile(keras.optimizers.Adam(5e-3), "sparse_categorical_crossentropy")
+    labels = np.repeat(y_train[:, None], 28, axis=1)
+    model.fit(x_train[..., 0], labels, epochs=3, batch_size=64, verbose=0)
+    return model, x_test[..., 0]

@@ -35,11 +35,14 @@ class MicroRun:
         outputs: One array for each output, of the file's own types, shape ``(n, ...)``; ``(n, steps, ...)`` where
             states are carried.
         arena_bytes: Bytes of the tensor arena that are used.
+        needed_bytes: The smallest arena, in steps of 16 bytes, in which the tensors can be allocated: planning where
+            they lie takes room that is free again when they are used.
         persistent_bytes: Those of them that hold the interpreter's own structures, which are smaller on 32-bit devices.
     """
 
     outputs: tuple[np.ndarray, ...]
     arena_bytes: int
+    needed_bytes: int
     persistent_bytes: int
 
 
@@ -85,7 +88,9 @@ def run_micro(
             raise UnsupportedModelError(f"TensorFlow Lite Micro can't run the file: {reason}")
         with np.load(folder / "outputs.npz") as made:
             outputs = tuple(made[f"y{number}"] for number in range(len(made.files)))
-    return MicroRun(outputs=outputs, arena_bytes=found["arena"], persistent_bytes=found["persistent"])
+    return MicroRun(
+        outputs=outputs, arena_bytes=found["arena"], needed_bytes=found["needed"], persistent_bytes=found["persistent"]
+    )  # fmt: skip
 
 
 def _ask(folder: Path) -> dict[str, Any]:
@@ -152,13 +157,35 @@ def _in_folder(folder: Path) -> dict[str, Any]:
                 note = str(error)
         log.seek(0)
         text = log.read().decode("utf8", "replace")
-    total = re.search(r"Arena allocation total (\d+) bytes", text)
+        total = re.search(r"Arena allocation total (\d+) bytes", text)
+        with _logged(log):
+            needed = _needed(content, int(total.group(1))) if total else 0
     tail = re.search(r"Arena allocation tail (\d+) bytes", text)
     if note is not None or total is None or tail is None:
         return {"note": f"{text}\n{note}"}
     made = {f"y{number}": array for number, array in enumerate(outputs)}
     np.savez(folder / "outputs.npz", **made)  # type: ignore[arg-type]
-    return {"arena": int(total.group(1)), "persistent": int(tail.group(1))}
+    return {"arena": int(total.group(1)), "needed": needed, "persistent": int(tail.group(1))}
+
+
+def _needed(content: bytes, used: int) -> int:
+    """Return the smallest arena, in steps of 16 bytes, in which the tensors can be allocated."""
+    from tflite_micro import runtime
+
+    def enough(steps: int) -> bool:
+        try:
+            runtime.Interpreter.from_bytes(content, arena_size=steps * 16)
+        except RuntimeError:
+            return False
+        return True
+
+    low, high = used // 16 - 1, used // 16 + 1
+    while not enough(high):
+        low, high = high, high * 2
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (low, middle) if enough(middle) else (middle, high)
+    return high * 16
 
 
 def _outputs(interpreter: Any, graph: Graph, inputs: list[np.ndarray], states: Mapping[int, int]) -> list[np.ndarray]:

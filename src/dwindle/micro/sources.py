@@ -17,6 +17,7 @@ import numpy as np
 
 from dwindle.lifting.flatbuffer import Tensor, operator_name, parse, read_graph
 from dwindle.micro.operators import operators_of, resolver_calls
+from dwindle.micro.running import MicroRun
 
 _LINE = 20
 _MARGIN_BYTES = 1024
@@ -39,17 +40,16 @@ class Sample:
     said: str
 
 
-def arena_with_margin(arena_bytes: int) -> int:
+def arena_with_margin(needed_bytes: int) -> int:
     """Return a tenth more, at least 1,024 bytes more, up to a multiple of 16."""
-    return -(-(arena_bytes + max(_MARGIN_BYTES, arena_bytes // 10)) // 16) * 16
+    return -(-(needed_bytes + max(_MARGIN_BYTES, needed_bytes // 10)) // 16) * 16
 
 
 def render(
     content: bytes,
     *,
     title: str,
-    arena_bytes: int,
-    persistent_bytes: int,
+    run: MicroRun,
     sample: Sample,
     states: Mapping[int, int],
     names: tuple[Sequence[str], Sequence[str]],
@@ -62,8 +62,7 @@ def render(
     Args:
         content: The file.
         title: Name of the model.
-        arena_bytes: What the arena was measured to be.
-        persistent_bytes: The interpreter's structures in it.
+        run: What was measured.
         sample: What the program runs.
         states: Number of an input to the number of the output that is its next value.
         names: Names of the inputs and of the outputs.
@@ -77,8 +76,8 @@ def render(
     inputs = [_described(tensor, name) for tensor, name in zip(graph.inputs, names[0], strict=True)]
     outputs = [_described(tensor, name) for tensor, name in zip(graph.outputs, names[1], strict=True)]
     calls = resolver_calls(content)
-    common = {"title": _plain(title), "version": dwindle.__version__, "size": len(content), "arena": arena_bytes,
-              "arena_with_margin": arena_with_margin(arena_bytes), "calls": calls, "sketch": sketch,
+    common = {"title": _plain(title), "version": dwindle.__version__, "size": len(content), "run": run,
+              "arena_with_margin": arena_with_margin(run.needed_bytes), "calls": calls, "sketch": sketch,
               "sha256": hashlib.sha256(content).hexdigest()}  # fmt: skip
     kept = [
         {"input": number, "output": output, "byte": _byte_of_zero(graph.inputs[number])}
@@ -101,7 +100,7 @@ def render(
         "CMakeLists.txt": {},
         "sketch.ino": {},
         "README.md": {
-            "persistent": persistent_bytes, "operators": operators_of(content), "checked": checked, "notes": notes,
+            "operators": operators_of(content), "checked": checked, "notes": notes,
             "state_bytes": sum(inputs[number]["bytes"] for number in states), "flash_source": _flash(content),
         },
     }  # fmt: skip

@@ -14,9 +14,12 @@ from dwindle.lifting.flatbuffer import Graph, layer_name, read_graph
 from dwindle.measuring.litert import LiteRTRunner, quiet_stderr
 from dwindle.micro.running import run_micro, zeros
 
-# 16-bit kernels look softmax, tanh and roots up in tables, and not all in the same ones; see dwindle.exporting.verify.
+# Kernels of the two runtimes round a product of fixed-point factors once or twice, and look softmax, tanh and roots up
+# in tables that are not all the same, so a value may fall on the other side of a rounding boundary; what follows, a
+# softmax for instance, may make several steps of one. The same bounds as in dwindle.exporting.verify.
 _QUANTA = {8: 1, 16: 32}
 _FLOAT = 1e-4
+_SHARE = 0.99
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,14 +31,16 @@ class Agreement:
         samples: Samples (or steps of sequences) that both ran.
         values: Output values that were compared.
         identical: Share of them that are the same.
+        within: Share of them within the bound's difference.
         largest: Largest difference: steps of the integer outputs; of float outputs, a share of the largest output.
-        passed: Whether every value is within the bound.
+        passed: Whether the bound holds: 99% of integers, and every float, within its difference.
     """
 
     runtime: str
     samples: int
     values: int
     identical: float
+    within: float
     largest: float
     passed: bool
 
@@ -45,7 +50,7 @@ class Agreement:
             return f"{self.runtime}: all {self.values:,} outputs of {self.samples:,} runs are identical"
         return (
             f"{self.runtime}: {self.identical:.2%} of {self.values:,} outputs of {self.samples:,} runs are identical, "
-            f"the largest difference is {self.largest:.3g}"
+            f"{self.within:.2%} within one step, the largest difference is {self.largest:.3g}"
         )
 
     def to_dict(self) -> dict[str, Any]:
@@ -53,29 +58,29 @@ class Agreement:
         return asdict(self)
 
 
-def agreement(
-    runtime: str, expected: Sequence[np.ndarray], found: Sequence[np.ndarray], *, sequences: bool = False
-) -> Agreement:
+def agreement(runtime: str, expected: Sequence[np.ndarray], found: Sequence[np.ndarray]) -> Agreement:
     """Compare raw outputs, one array for each output.
 
-    The bound: every 8-bit output within 1, every 16-bit one within 32, every float one within 1e-4 of the largest.
+    The bound: 99% of 8-bit outputs within 1, 99% of 16-bit ones within 32, every float one within 1e-4 of the largest.
     """
-    same, values, largest, passed = 0, 0, 0.0, True
+    same, inside, values, largest, floats = 0, 0, 0, 0.0, True
     for left, right in zip(expected, found, strict=True):
         left, right = np.asarray(left), np.asarray(right).reshape(np.shape(left))
-        same += int((left == right).sum())
-        values += left.size
         if left.dtype.kind == "f":
-            apart = float(np.abs(left - right).max(initial=0)) / max(1.0, float(np.abs(left).max(initial=0)))
+            apart = np.abs(left - right) / max(1.0, float(np.abs(left).max(initial=0)))
             limit = _FLOAT
+            floats = floats and bool((apart <= limit).all())
         else:
-            apart = float(np.abs(left.astype(np.int64) - right.astype(np.int64)).max(initial=0))
+            apart = np.abs(left.astype(np.int64) - right.astype(np.int64))
             limit = _QUANTA.get(left.dtype.itemsize * 8, 0)
-        largest, passed = max(largest, apart), passed and apart <= limit
-    first = found[0]
+        same += int((left == right).sum())
+        inside += int((apart <= limit).sum())
+        values += left.size
+        largest = max(largest, float(apart.max(initial=0)))
+    within = inside / values if values else 1.0
     return Agreement(
-        runtime=runtime, samples=int(np.prod(first.shape[: 2 if sequences else 1])), values=values,
-        identical=same / values if values else 1.0, largest=largest, passed=passed,
+        runtime=runtime, samples=len(found[0]), values=values, identical=same / values if values else 1.0,
+        within=within, largest=largest, passed=floats and within >= _SHARE,
     )  # fmt: skip
 
 
@@ -139,26 +144,24 @@ def _reference(content: bytes, graph: Graph) -> Callable[..., list[np.ndarray]]:
     return call
 
 
-def require(
-    found: Agreement, content: bytes, inputs: Sequence[np.ndarray], *, states: Mapping[int, int] | None = None
-) -> None:
+def require(found: Agreement, content: bytes, inputs: Sequence[np.ndarray]) -> None:
     """Raise where TensorFlow Lite Micro and LiteRT's reference kernels do not agree.
 
     Raises:
-        VerificationError: Naming the first layer whose output differs by more than one step.
+        VerificationError: Naming the first layer whose outputs do not agree.
     """
     if found.passed:
         return
-    where = "" if states else _parting(content, inputs)
+    where = _parting(content, inputs)
     raise VerificationError(
         "the file gives other outputs in TensorFlow Lite Micro than in LiteRT's reference kernels: "
-        f"{found.identical:.1%} are the same, and the largest difference is {found.largest:.3g}{where}; "
+        f"{found.within:.1%} are within one step, and the largest difference is {found.largest:.3g}{where}; "
         "nothing was written"
     )
 
 
 def _parting(content: bytes, inputs: Sequence[np.ndarray]) -> str:
-    """Return the first layer whose output differs by more than 1, in words; nothing where none can be named."""
+    """Return the first layer whose outputs miss the bound, in words; nothing where none does on its own."""
     from dwindle.lifting.flatbuffer import parse, serialize
 
     sample = [array[:1] for array in inputs]
