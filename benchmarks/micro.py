@@ -1,6 +1,6 @@
 """Microcontrollers: bytes of a DS-CNN's file as it is quantized, stripped, and with look-up tables; arena; agreement.
 
-python benchmarks/micro.py [--epochs 3] [--folder DIR]
+python benchmarks/micro.py [--epochs 3] [--samples 500]
 
 A DS-CNN (a 10x4 convolution, four depthwise separable blocks of 64 channels, 24,000 parameters, as in MLPerf Tiny) is
 trained on the digits that dwindle ships, at 28x28. Its integer weights are then clustered: k-means on the integers of
@@ -95,11 +95,12 @@ def main() -> None:
     logging.getLogger("tensorflow").setLevel(logging.ERROR)
     parser = argparse.ArgumentParser()
     parser.add_argument("--epochs", type=int, default=3)
+    parser.add_argument("--train-samples", type=int, help="only so many, for a quick run")
     parser.add_argument("--samples", type=int, default=500, help="test samples that run in TensorFlow Lite Micro")
     options = parser.parse_args()
     keras.utils.set_random_seed(0)
     data = dw.load_demo_data()
-    x, y = data.train.x[0], data.train.y
+    x, y = data.train.x[0][: options.train_samples], data.train.y[: options.train_samples]
     picked = data.test.take(options.samples)
     model = ds_cnn()
     model.compile(keras.optimizers.Adam(2e-3), "sparse_categorical_crossentropy", metrics=["accuracy"])
