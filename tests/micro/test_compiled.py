@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import subprocess
 from pathlib import Path
 
@@ -16,8 +17,9 @@ from micro.conftest import clustered
 from micro.test_streaming import step_model
 
 from dwindle.micro import export_micro
+from dwindle.micro.sources import compiled_bytes
 
-pytestmark = pytest.mark.skipif(
+needs_sources = pytest.mark.skipif(
     not os.environ.get("DWINDLE_TFLM"), reason="DWINDLE_TFLM names no sources of TensorFlow Lite Micro"
 )
 
@@ -41,11 +43,13 @@ def check(made, build: Path) -> None:
     assert made.needed_bytes < given
 
 
+@needs_sources
 def test_a_cnn(cnn_file, tmp_path):
     (tmp_path / "model.tflite").write_bytes(cnn_file.content)
     check(export_micro(tmp_path / "model.tflite", tmp_path / "out"), tmp_path / "build")
 
 
+@needs_sources
 def test_look_up_tables(cnn_file, tmp_path):
     (tmp_path / "model.tflite").write_bytes(clustered(cnn_file.content))
     made = export_micro(tmp_path / "model.tflite", tmp_path / "out", tables=True)
@@ -53,6 +57,7 @@ def test_look_up_tables(cnn_file, tmp_path):
     check(made, tmp_path / "build")
 
 
+@needs_sources
 @pytest.mark.parametrize("scheme", ["int8", "float32"])
 def test_states(rows, tmp_path, scheme):
     whole, x = rows
@@ -60,6 +65,7 @@ def test_states(rows, tmp_path, scheme):
     check(made, tmp_path / "build")
 
 
+@needs_sources
 def test_a_changed_weight_is_noticed(cnn_file, tmp_path):
     """The program does compare: a file whose weights are others gives a difference."""
     (tmp_path / "model.tflite").write_bytes(cnn_file.content)
@@ -71,3 +77,8 @@ def test_a_changed_weight_is_noticed(cnn_file, tmp_path):
     other = ", ".join(str(int(v)) for v in np.uint8(np.array(values) + 7))
     source.write_text(text[:start] + other + text[text.index("}", start) :])
     assert "Largest difference from the recorded outputs: 7" in run_program(made.folder, tmp_path / "build")
+
+
+@pytest.mark.skipif(shutil.which("arm-none-eabi-g++") is None, reason="no compiler for Arm")
+def test_constants_for_cortex_m_are_the_file(cnn_file):
+    assert compiled_bytes(cnn_file.content) == len(cnn_file.content)

@@ -31,6 +31,7 @@ from dwindle.micro.streaming import (
     streaming_file,
 )
 from dwindle.micro.stripping import ALIGNMENTS, strip
+from dwindle.micro.substituting import substituted
 from dwindle.micro.tables import TableWeight, with_tables
 from dwindle.micro.verifying import Agreement, agreement, require, run_litert
 from dwindle.quantization import Scheme, calibration_samples, resolve_scheme
@@ -152,6 +153,7 @@ class _Prepared:
     agreements: tuple[Agreement, ...]
     tables: tuple[TableWeight, ...]
     states: Mapping[int, int]
+    notes: tuple[str, ...]
 
 
 def _file_of(model: Any, scheme: Any, data: Any) -> tuple[bytes, Verification | None, list[str]]:
@@ -160,17 +162,22 @@ def _file_of(model: Any, scheme: Any, data: Any) -> tuple[bytes, Verification | 
         if scheme is not None:
             raise ConfigError(f"`scheme` is {scheme!r}, but `{model}` is a file that has its types; leave `scheme` out")
         content = read_content(model)
-        check_operators(content, f"`{model}`")
+        _check(content, f"`{model}`")
         return content, None, _float_notes(content)
-    check_operators(float_file(model), f"`{model.name}`")
+    _check(float_file(model), f"`{model.name}`")
     chosen, io_type = _types(model, scheme)
     with tempfile.TemporaryDirectory() as name:
         path = Path(name) / "model.tflite"
         trained = getattr(model, "quantization", None)
         made = export(model, path, scheme=None if trained else chosen, data=data, io_type=io_type)
         content = path.read_bytes()
-    check_operators(content, f"`{model.name}`")
+    _check(content, f"`{model.name}`")
     return content, made.verification, _float_notes(content)
+
+
+def _check(content: bytes, name: str) -> None:
+    """Check the operators of a file as they will be written."""
+    check_operators(substituted(content)[0], name)
 
 
 def _types(model: keras.Model, scheme: Any) -> tuple[Scheme, str]:
@@ -193,9 +200,9 @@ def _stepped_file_of(model: Any, scheme: Any, data: Any, states: Any) -> tuple[b
     if not isinstance(model, keras.Model):
         content, _, notes = _file_of(model, scheme, data)
         return matched(content, resolve_states(states, content)), None, notes
-    check_operators(float_file(model), f"`{model.name}`")
+    _check(float_file(model), f"`{model.name}`")
     content, verification, error = streaming_file(model, *_types(model, scheme), data, states)
-    check_operators(content, f"`{model.name}`")
+    _check(content, f"`{model.name}`")
     note = f"through whole sequences, outputs are within {error:.3g} of the float model's"
     return content, verification, [note, *_float_notes(content)]
 
@@ -231,6 +238,8 @@ def _prepared(
 ) -> _Prepared:
     """Strip a file, run it in both runtimes, and require that nothing changed and that they agree."""
     states = dict(states or {})
+    original = content
+    content, notes = substituted(original)
     plain = run_micro(content, samples, states=states)
     single, expected = samples, plain.outputs
     if states:  # where states are carried, the runtimes are compared step by step, each step from the same states
@@ -245,6 +254,8 @@ def _prepared(
         )
     )
     require(found[0], content, single)
+    if notes:
+        _same("written with other operators", run_litert(original, single, reference=True), reference)
     stripped = strip(content, alignment=alignment)
     _same("stripped", reference, run_litert(stripped, single, reference=True))
     run = run_micro(stripped, samples, states=states, named=content)
@@ -258,7 +269,9 @@ def _prepared(
             _same("with look-up tables", plain.outputs, run.outputs)
         else:
             written = stripped
-    return _Prepared(content=written, stripped=stripped, run=run, agreements=found, tables=stored, states=states)
+    return _Prepared(
+        content=written, stripped=stripped, run=run, agreements=found, tables=stored, states=states, notes=notes
+    )  # fmt: skip
 
 
 def _tabled(content: bytes, alignment: int) -> tuple[bytes, tuple[TableWeight, ...]]:
@@ -305,6 +318,7 @@ def _write(
     notes: list[str],
 ) -> MicroExport:
     graph = read_graph(plain)
+    notes = [*made.notes, *notes]
     steps = slice(0, _SAMPLE_STEPS)
     if made.states:
         sample = Sample(
