@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from micro.conftest import clustered
-from micro.test_streaming import step_model
+from micro.test_streaming import file_with_variables, step_model
 
 from dwindle.micro import export_micro
 from dwindle.micro.sources import compiled_bytes
@@ -63,6 +63,14 @@ def test_states(rows, tmp_path, scheme):
     whole, x = rows
     made = export_micro(step_model(whole), tmp_path / "out", data=x[:16], scheme=scheme, states={1: 1, 2: 2})
     check(made, tmp_path / "build")
+
+
+@needs_sources
+def test_variables(digits, tmp_path):
+    content, _ = file_with_variables()
+    (tmp_path / "listener.tflite").write_bytes(content)
+    frames = digits[1][0][0, :, None, :, 0]
+    check(export_micro(tmp_path / "listener.tflite", tmp_path / "out", data=frames), tmp_path / "build")
 
 
 @needs_sources

@@ -9,7 +9,7 @@ import pytest
 from dwindle.errors import ConfigError, DataError
 from dwindle.exporting import float_file
 from dwindle.lifting.flatbuffer import read_graph
-from dwindle.measuring.litert import LiteRTRunner, dequantize
+from dwindle.measuring.litert import LiteRTRunner, dequantize, quiet_stderr
 from dwindle.micro import export_micro
 from dwindle.micro.running import run_micro
 from dwindle.micro.streaming import quantized_frames, resolve_states
@@ -36,6 +36,29 @@ def step_model(whole: keras.Model) -> keras.Model:
     model = keras.Model([frame, past, memory], [score, window[:, 1:], state[0]], name="step")
     model.set_weights(whole.get_weights())
     return model
+
+
+def file_with_variables() -> tuple[bytes, object]:
+    """A convolution over the last five frames, which keeps four of them in a variable."""
+    import tensorflow as tf
+
+    class Listener(tf.Module):
+        def __init__(self):
+            self.past = tf.Variable(tf.zeros((1, 4, 28)))
+            self.kernel = tf.constant(np.random.default_rng(1).normal(size=(5, 28, 3)).astype(np.float32))
+
+        @tf.function(input_signature=[tf.TensorSpec((1, 1, 28))])
+        def listen(self, frame):
+            window = tf.concat([self.past.read_value(), frame], 1)
+            self.past.assign(window[:, 1:])
+            return tf.nn.conv1d(window, self.kernel, 1, "VALID")
+
+    module = Listener()
+    with quiet_stderr():
+        function = module.listen.get_concrete_function()
+        converter = tf.lite.TFLiteConverter.from_concrete_functions([function], module)
+        converter.experimental_enable_resource_variables = True
+        return converter.convert(), module
 
 
 def stream(made, x: np.ndarray, states: dict[int, int]) -> np.ndarray:
@@ -70,6 +93,20 @@ def test_integers_frame_by_frame_predict_what_the_whole_sequence_does(rows, tmp_
     main = (made.folder / "main.cc").read_text()
     assert "memcpy(state1, interpreter->output(1)->data.raw, kInput1Bytes);" in main
     assert "memcpy(interpreter->input(2)->data.raw, state2, kInput2Bytes);" in main
+
+
+def test_a_file_with_variables_keeps_them_from_call_to_call(digits, tmp_path):
+    content, module = file_with_variables()
+    (tmp_path / "listener.tflite").write_bytes(content)
+    frames = digits[1][0][0, :, None, :, 0]
+    made = export_micro(tmp_path / "listener.tflite", tmp_path / "out", data=frames)
+    assert {"VAR_HANDLE", "READ_VARIABLE", "ASSIGN_VARIABLE", "CALL_ONCE"} <= set(made.operators)
+    expected = [module.listen(frame[None]).numpy()[0] for frame in frames]
+    found = run_micro(made.file.read_bytes(), [frames]).outputs[0]
+    assert np.abs(expected).max() > 1
+    np.testing.assert_allclose(found, expected, atol=1e-5)
+    main = (made.folder / "main.cc").read_text()
+    assert "MicroResourceVariables::Create(allocator, 1)" in main
 
 
 @pytest.mark.parametrize(

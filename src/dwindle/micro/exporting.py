@@ -334,8 +334,8 @@ def _write(
         notes = [*notes, f"{len(made.tables)} weights are in look-up tables: LiteRT does not run this file"]
     checked = [f"in TensorFlow Lite Micro against {found}" for found in made.agreements]
     if verification is not None:
-        checked.insert(0, f"against {verification.reference}: {verification.within:.2%} within {verification.bound}, "
-                       f"{verification.samples} samples")  # fmt: skip
+        asked = f"{verification.within:.2%} of the outputs are within the bound ({verification.bound})"
+        checked.insert(0, f"against {verification.reference}, on {verification.samples} samples: {asked}")
     sources = render(
         made.content, title=title, run=made.run, sample=sample, states=made.states,
         names=(graph.input_names, graph.output_names), checked=checked, notes=notes, sketch=place.resolve().name,
