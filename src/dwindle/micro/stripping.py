@@ -151,7 +151,8 @@ def write(model: Any, *, alignment: int = 16) -> bytes:
 class _SharingBuilder(flatbuffers.Builder):
     """A builder that gives back an earlier table, vector of numbers or string where the new one would be equal.
 
-    A flatbuffer is read only and its references are relative offsets, so several may lead to one place.
+    A flatbuffer is read only and its references are relative offsets, so several may lead to one place. The fields of a
+    table are written once all are known, the widest first, which leaves no gaps between them.
     """
 
     def __init__(self, alignment: int, model: Any) -> None:
@@ -160,38 +161,36 @@ class _SharingBuilder(flatbuffers.Builder):
         self._constants = {id(buffer.data) for buffer in model.buffers if buffer.data is not None}
         self._made: dict[Any, int] = {}
         self._begin = 0
-        self._slots: list[Any] = []
+        self._fields: list[tuple[int, Any, Any]] = []  # slot, type of number (None for a reference), value
         self._numbers: tuple[int, int] | None = None  # size of one and alignment, while a vector of numbers is made
         self._least = 1
 
-    def _rewind(self) -> None:
-        self.head = len(self.Bytes) - self._begin
-
     def StartObject(self, numfields: int) -> None:
-        self._slots, self._begin = [], self.Offset()
+        self._fields = []
         super().StartObject(numfields)
 
     def PrependSlot(self, flags: Any, o: int, x: Any, d: Any) -> None:
         if x is not None and x != d:
-            self._slots.append((o, flags.__name__, repr(x)))
-        super().PrependSlot(flags, o, x, d)
+            self._fields.append((o, flags, x))
 
     def PrependUOffsetTRelativeSlot(self, o: int, x: int, d: int) -> None:
         if x != d:
-            self._slots.append((o, x))
-        super().PrependUOffsetTRelativeSlot(o, x, d)
+            self._fields.append((o, None, x))
 
     def PrependStructSlot(self, v: int, x: int, d: int) -> None:
-        self._slots.append(object())  # a struct lies in its table, which is then like no other
-        super().PrependStructSlot(v, x, d)
+        raise NotImplementedError("the schema has no structs")
 
     def EndObject(self) -> int:
-        key = ("table", *self._slots)
-        if key not in self._made:
-            self._made[key] = int(super().EndObject())
+        key = ("table", *((slot, kind and kind.__name__, repr(value)) for slot, kind, value in self._fields))
+        if key in self._made:
+            self.nested, self.current_vtable = False, None
             return self._made[key]
-        self.nested, self.current_vtable = False, None
-        self._rewind()
+        for slot, kind, value in sorted(self._fields, key=lambda field: -(field[1].bytewidth if field[1] else 4)):
+            if kind is None:
+                super().PrependUOffsetTRelativeSlot(slot, value, 0)
+            else:
+                super().PrependSlot(kind, slot, value, None)
+        self._made[key] = int(super().EndObject())
         return self._made[key]
 
     def StartVector(self, elemSize: int, numElems: int, alignment: int) -> int:
@@ -213,7 +212,7 @@ class _SharingBuilder(flatbuffers.Builder):
         first = len(self.Bytes) - place
         key = ("vector", kind, bytes(self.Bytes[first : first + 4 + kind[0] * count]))
         if key in self._made:
-            self._rewind()
+            self.head = len(self.Bytes) - self._begin
         return self._made.setdefault(key, place)
 
     def CreateNumpyVector(self, x: np.ndarray) -> int:
