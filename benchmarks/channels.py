@@ -40,8 +40,8 @@ from dwindle.measuring import LiteRTRunner
 from dwindle.measuring.latency import compare_latency
 from dwindle.pruning import ChannelOptions, groups, plan_channels
 
-EPOCHS, TUNING, BATCH = 5, 4, 128
-WIDTHS = (16, 32, 64)
+EPOCHS, TUNING, BATCH = 15, 15, 128
+WIDTHS = (24, 48, 96)
 layers = keras.layers
 
 

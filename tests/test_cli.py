@@ -268,6 +268,25 @@ def test_the_same_seed_gives_the_same_file(run, place, plan_file):
     assert one == two
 
 
+def test_compare_puts_files_side_by_side(run, place):
+    dw.export(dw.load(place / "cnn.tflite"), place / "half.tflite", scheme="float16")
+    status, out, _ = run("compare", "{}/cnn.tflite", "{}/half.tflite", "--data", "{}/digits.npz")
+    assert status == 0
+    lines = [line for line in out.splitlines() if ".tflite" in line]
+    assert len(lines) == 2
+    assert "1.00x" in lines[0]
+    assert "100.00%" in lines[0]
+    status, out, _ = run("compare", "{}/cnn.tflite", "{}/half.tflite", "--json")
+    found = json.loads(out)
+    assert [row["size_bytes"] for row in found] == [
+        (place / name).stat().st_size for name in ("cnn.tflite", "half.tflite")
+    ]
+    assert found[1]["same_class"] is None
+    status, _, error = run("compare", "{}/cnn.tflite")
+    assert (status, error.count("\n")) == (2, 1)
+    assert "at least two" in error
+
+
 def test_interrupting_leaves_a_usable_folder_and_resuming_goes_on(place):
     out, plan_file = place / "stopped", place / "short.yaml"
     steps = (("shrink", {"width": 0.5}), ("train", {"epochs": 6}), ("export", {"scheme": "int8"}))

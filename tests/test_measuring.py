@@ -13,7 +13,7 @@ from zoo import ZOO, samples, settle
 import dwindle as dw
 from dwindle.exporting.convert import float_file
 from dwindle.lifting.flatbuffer import check_structure
-from dwindle.measuring import LiteRTRunner, Measurement, compare_latency, evaluate, higher_is_better
+from dwindle.measuring import LiteRTRunner, Measurement, compare, compare_latency, evaluate, higher_is_better
 from dwindle.measuring.accuracy import accuracy
 from dwindle.measuring.litert import TensorSpec, dequantize, quantize
 
@@ -31,6 +31,21 @@ def test_accuracy_by_hand():
     assert accuracy(outputs, np.array([1, 0, 0])) == pytest.approx(2 / 3)
     assert accuracy(outputs, np.eye(2)[[1, 0, 0]]) == pytest.approx(2 / 3)
     assert accuracy(np.array([[0.2], [0.5]]), np.array([0, 1])) == 1.0
+
+
+def test_files_side_by_side_against_figures_computed_apart(files, digits):
+    (x, y), paths = digits[1], [files / "float32.tflite", files / "int8.tflite"]
+    rows = compare(paths, (x, y))
+    found = [LiteRTRunner(path).predict([x])[0] for path in paths]
+    for row, path, outputs in zip(rows, paths, found, strict=True):
+        assert row.measurement.accuracy == pytest.approx((outputs.argmax(-1) == y).mean())
+        assert row.times_smaller == paths[0].stat().st_size / path.stat().st_size
+        assert row.same_class == pytest.approx((outputs.argmax(-1) == found[0].argmax(-1)).mean())
+        assert row.max_difference == pytest.approx(np.abs(outputs - found[0]).max())
+    assert rows[0].times_faster == 1.0
+    assert rows[0].max_difference == 0.0 < rows[1].max_difference
+    with pytest.raises(dw.ConfigError, match="at least two"):
+        compare([paths[0]])
 
 
 def test_other_metrics_are_those_of_keras():

@@ -469,7 +469,8 @@ def test_the_function_itself_takes_what_export_takes(tmp_path):
 
 
 def test_the_command_writes_a_folder(trained, digits, tmp_path, capsys):
-    from dwindle.cli import FOLDER_SCHEMES, main
+    from dwindle.cli import main
+    from dwindle.cli.convert import FOLDER_SCHEMES
 
     assert tuple(FORMATS) == FOLDER_SCHEMES
     trained.save(tmp_path / "cnn.keras")

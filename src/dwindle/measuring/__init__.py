@@ -8,21 +8,25 @@ import platform
 from dataclasses import asdict, dataclass
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from dwindle.errors import DataError
 from dwindle.measuring.accuracy import check_metric, evaluate, higher_is_better
+from dwindle.measuring.comparing import Compared, compare
 from dwindle.measuring.inspecting import Inspection, Row, inspect_file, inspect_model
 from dwindle.measuring.latency import Latency, compare_latency, measure_latency
 from dwindle.measuring.litert import LiteRTRunner, read_content
 from dwindle.measuring.memory import Memory, measure_memory
 
+if TYPE_CHECKING:
+    from dwindle.data import Data, Split
+
 __all__ = [
-    "Inspection", "Latency", "LiteRTRunner", "Measurement", "Memory", "Row", "check_metric", "compare_latency",
-    "environment",
-    "evaluate", "higher_is_better", "inspect_file", "inspect_model", "measure", "measure_latency", "measure_memory",
+    "Compared", "Inspection", "Latency", "LiteRTRunner", "Measurement", "Memory", "Row", "as_data", "check_metric",
+    "compare", "compare_latency", "environment", "evaluate", "evaluation_split", "higher_is_better", "inspect_file",
+    "inspect_model", "measure", "measure_latency", "measure_memory",
 ]  # fmt: skip
 
 
@@ -117,14 +121,26 @@ def measure(file: str | Path, data: Any = None, metric: Any = "accuracy", *, thr
     )  # fmt: skip
 
 
-def _metric(runner: LiteRTRunner, data: Any, metric: Any) -> tuple[float, int]:
-    from dwindle.data import Data, fit_to_model, read_data
+def evaluation_split(runner: LiteRTRunner, data: Data) -> Split:
+    """Return the samples that a file is judged on, in its shapes: test samples, else validation samples."""
+    from dwindle.data import fit_to_model
 
-    found = data if isinstance(data, Data) else read_data(data)
     shapes = [tuple(None if size < 0 else size for size in spec.shape[1:]) for spec in runner.inputs]
     units = runner.outputs[0].shape[-1] if len(runner.outputs) == 1 and len(runner.outputs[0].shape) == 2 else None
     types = ["float32" if spec.scale is not None else np.dtype(spec.dtype).name for spec in runner.inputs]
-    split = fit_to_model(found, shapes, units, input_dtypes=types).evaluation()
+    return fit_to_model(data, shapes, units, input_dtypes=types).evaluation()
+
+
+def as_data(data: Any) -> Data:
+    """Return `Data` as it is, and what `dwindle.data.read_data` makes of anything else."""
+    from dwindle.data import Data, read_data
+
+    return data if isinstance(data, Data) else read_data(data)
+
+
+def _metric(runner: LiteRTRunner, data: Any, metric: Any) -> tuple[float, int]:
+    found = as_data(data)
+    split = evaluation_split(runner, found)
     if split.y is None:
         raise DataError(f"data `{found.source}` has no labels, so nothing can be scored; pass x and y, or no data")
     return evaluate(runner.predict(list(split.x))[0], split.y, metric), len(split)

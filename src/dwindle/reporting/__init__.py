@@ -12,11 +12,12 @@ from dwindle.reporting.blame import blame_svg, print_blame
 from dwindle.reporting.numbers import format_bytes, format_metric, format_ms
 from dwindle.reporting.page import headline, render_html, verdict_line
 from dwindle.reporting.sensitivity import print_sensitivity, sensitivity_svg
-from dwindle.reporting.tables import print_inspection, terminal_summary
+from dwindle.reporting.tables import print_comparison, print_inspection, terminal_summary
 
 __all__ = [
-    "blame_svg", "format_bytes", "format_metric", "format_ms", "headline", "print_blame", "print_inspection",
-    "print_sensitivity", "render_html", "sensitivity_svg", "terminal_summary", "verdict_line", "write_report",
+    "blame_svg", "format_bytes", "format_metric", "format_ms", "headline", "print_blame", "print_comparison",
+    "print_inspection", "print_sensitivity", "render_html", "sensitivity_svg", "terminal_summary", "verdict_line",
+    "write_report",
 ]  # fmt: skip
 
 

@@ -55,6 +55,32 @@ def terminal_summary(report: Mapping[str, Any], console: Any = None) -> None:
         console.print(f"  {'met   ' if verdict['met'] else 'missed'}  {escape(verdict['text'])}")
 
 
+def print_comparison(rows: Sequence[Mapping[str, Any]], console: Any = None) -> None:
+    """Print files side by side.
+
+    Args:
+        rows: What `dwindle.measuring.Compared.to_dict` returns, the first file first.
+        console: A `rich.console.Console`; None: standard output.
+    """
+    from rich.markup import escape
+    from rich.table import Table
+
+    table = Table(box=None, pad_edge=False)
+    table.add_column("file", overflow="fold")
+    name = rows[0]["metric"]
+    for column in (name, "size", "smaller", "p50", "faster", "RAM", "same class", "largest difference"):
+        table.add_column(column, justify="right", no_wrap=True)
+    for row in rows:
+        same, difference = row["same_class"], row["max_difference"]
+        table.add_row(
+            escape(row["file"]), format_metric(row["accuracy"], name), format_bytes(row["size_bytes"]),
+            f"{row['times_smaller']:.2f}x", format_ms(row["latency_ms"]["p50"]), f"{row['times_faster']:.2f}x",
+            format_bytes(row["ram_bytes"]), "–" if same is None else f"{same:.2%}",
+            "–" if difference is None else f"{difference:.3g}",
+        )  # fmt: skip
+    (console or console_of()).print(table)
+
+
 def print_inspection(rows: Sequence[Mapping[str, Any]], totals: Mapping[str, Any], console: Any = None) -> None:
     """Print a table of operators or layers.
 

@@ -1,0 +1,124 @@
+"""What several commands share: options, progress on standard error, exit statuses."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shlex
+import shutil
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from dwindle.errors import ConfigError
+
+MET, BAD_INPUT, NOT_MET, INTERRUPTED = 0, 2, 3, 130
+
+
+def start_keras() -> None:
+    """Import Keras without the lines that its backend prints as it starts."""
+    from dwindle.measuring.litert import quiet_stderr
+
+    with quiet_stderr():
+        import keras  # noqa: F401
+
+
+def data_options(sub: argparse.ArgumentParser, *, required: bool) -> None:
+    """Add the options that name data."""
+    sub.add_argument(
+        "--data", metavar="DATA", required=required,
+        help=".npz with x_train, y_train (x_val, y_val, x_test, y_test), a folder of images, or module:function",
+    )  # fmt: skip
+    sub.add_argument("--rescale", metavar="FACTOR", default="1", help="multiply the inputs, such as 1/255 (default 1)")
+
+
+def run_options(sub: argparse.ArgumentParser, out: str) -> None:
+    """Add the options of a command that writes a folder of results."""
+    sub.add_argument("--out", metavar="DIR", default=out, help=f"folder for the results (default {out})")
+    sub.add_argument("--resume", action="store_true", help="go on with the run in the folder")
+    sub.add_argument("--force", action="store_true", help="write over the run in the folder")
+    sub.add_argument("--seed", type=int, default=0, help="fixes the result on one machine (default 0)")
+    sub.add_argument("--threads", type=int, default=1, help="threads of the latency measurement (default 1)")
+    sub.add_argument("--json", action="store_true", help="print report.json to standard output")
+    sub.add_argument("--trust", action="store_true", help="let code in the model file run (Lambda layers)")
+
+
+def say(line: str) -> None:
+    """Show progress on standard error: one line that is written over on a terminal, plain lines elsewhere."""
+    passing = ": epoch " in line
+    if not sys.stderr.isatty():
+        print(line, file=sys.stderr, flush=True)
+        return
+    width = shutil.get_terminal_size().columns
+    text = line if not passing or len(line) < width else f"{line[: width - 2]}…"
+    print(f"\r\033[K{text}", end="" if passing else "\n", file=sys.stderr, flush=True)
+
+
+def progress(what: str) -> Callable[[int, int], None] | None:
+    """Return a function that shows progress on one line of a terminal; None where standard error is none."""
+    if not sys.stderr.isatty():
+        return None
+
+    def show(done: int, every: int) -> None:
+        print(f"\r{what} {done}/{every}", end="\n" if done == every else "", file=sys.stderr, flush=True)
+
+    return show
+
+
+def rescaling(text: str) -> float:
+    """Return the number that ``--rescale`` stands for; a ConfigError where it is none."""
+    try:
+        top, _, bottom = text.partition("/")
+        value = float(top) / (float(bottom) if bottom else 1.0)
+    except (ValueError, ZeroDivisionError):
+        raise ConfigError(f"`--rescale` is {text!r}; it must be a number such as 1/255 or 0.0039") from None
+    return value
+
+
+def check_exists(path: str) -> None:
+    """Raise a ConfigError unless there is a file or folder."""
+    if not Path(path).exists():
+        raise ConfigError(f"`{path}` does not exist; pass a model file or a SavedModel folder")
+
+
+def check_free(options: argparse.Namespace, suffix: str) -> None:
+    """Raise a ConfigError if ``OUT`` is no name for a new file of this kind."""
+    from dwindle.files import check_output_file
+
+    out = check_output_file(options.out, suffixes=(suffix,))
+    if out.exists() and not options.force:
+        raise ConfigError(f"`{out}` exists; write over it with --force, or name another")
+
+
+def fitted(options: argparse.Namespace, model: Any, factor: float) -> Any:
+    """Return the data of ``--data`` in the shapes of a model; None where there is none."""
+    if options.data is None:
+        return None
+    import keras
+
+    from dwindle.data import fit_to_model, read_data
+
+    shapes = [tuple(tensor.shape[1:]) for tensor in model.inputs]
+    dtypes = [keras.backend.standardize_dtype(tensor.dtype) for tensor in model.inputs]
+    units = model.outputs[0].shape[-1] if len(model.outputs) == 1 and len(model.outputs[0].shape) == 2 else None
+    return fit_to_model(read_data(options.data, rescale=factor), shapes, units, input_dtypes=dtypes)
+
+
+def command_line() -> str:
+    """Return the command that was typed."""
+    return shlex.join(["dwindle", *sys.argv[1:]])
+
+
+def show(result: Any, options: argparse.Namespace) -> int:
+    """Print the result of a search; return the exit status."""
+    from dwindle.reporting import terminal_summary
+
+    if options.json:
+        print(json.dumps(dict(result.report), indent=2))
+    else:
+        terminal_summary(result.report)
+        print(f"report: {Path(options.out) / 'report.html'}")
+    if result.interrupted:
+        return INTERRUPTED
+    return MET if result.met else NOT_MET

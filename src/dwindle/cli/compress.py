@@ -1,0 +1,102 @@
+"""``dwindle compress`` and ``dwindle demo``."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+from dwindle.cli.common import (
+    MET,
+    check_exists,
+    command_line,
+    data_options,
+    rescaling,
+    run_options,
+    say,
+    show,
+    start_keras,
+)
+
+
+def add(commands: Any) -> None:
+    """Add ``compress``."""
+    sub = commands.add_parser("compress", help="find the smallest file that meets goals")
+    sub.set_defaults(run=_compress)
+    sub.add_argument("model", metavar="MODEL", help=".keras, .h5, .tflite or a SavedModel folder")
+    data_options(sub, required=True)
+    sub.add_argument("--max-drop", metavar="DROP", help="largest loss of the metric, such as 0.5%% or 0.005")
+    sub.add_argument("--max-size", metavar="SIZE", help="largest file, such as 45KB (1 KB = 1000 bytes)")
+    sub.add_argument(
+        "--max-latency", metavar="TIME", help="largest median latency, such as 2ms, or 0.5x of the original's"
+    )
+    sub.add_argument("--max-ram", metavar="SIZE", help="largest RAM while it runs, such as 64KB")
+    sub.add_argument("--target", choices=["litert"], default="litert", help="what the file runs on (default litert)")
+    sub.add_argument("--metric", default="accuracy", help="accuracy or another Keras metric (default accuracy)")
+    sub.add_argument("--epochs", type=int, default=20, help="epochs of a student's training (default 20)")
+    sub.add_argument("--plan", metavar="FILE", help="run the plan in this YAML file instead of the search")
+    sub.add_argument("--dry-run", action="store_true", help="check everything and say what would be tried")
+    run_options(sub, "dwindle-out")
+
+
+def _compress(options: argparse.Namespace) -> int:
+    from dwindle.compressing.goals import Goals
+    from dwindle.compressing.plans import read_plan
+    from dwindle.compressing.store import check_out_folder
+
+    goals = Goals(
+        max_drop=options.max_drop, max_size=options.max_size, max_latency=options.max_latency, max_ram=options.max_ram
+    )
+    check_out_folder(options.out, resume=options.resume, force=options.force)
+    plan = read_plan(options.plan) if options.plan else None
+    factor = rescaling(options.rescale)
+    from dwindle.data import read_data
+    from dwindle.loading import load
+
+    check_exists(options.model)
+    data = read_data(options.data, rescale=factor, seed=options.seed)
+    start_keras()
+    model = load(options.model, trust=options.trust)
+    if options.dry_run:
+        return _dry_run(model, goals, plan, options)
+    from dwindle.compressing import compress
+
+    result = compress(
+        model, goals=goals, out=options.out, data=data, metric=options.metric, epochs=options.epochs,
+        seed=options.seed, threads=options.threads, plan=plan, resume=options.resume, force=options.force, say=say,
+        source=str(options.model), command=command_line(),
+    )  # fmt: skip
+    return show(result, options)
+
+
+def _dry_run(model: Any, goals: Any, plan: Any, options: argparse.Namespace) -> int:
+    from dwindle.compressing import candidates
+
+    plans = [plan] if plan else [
+        *candidates.after_training(False), *candidates.same_size(options.epochs),
+        *(candidates.student(w, options.epochs) for w in candidates.student_widths(model, goals, say)),
+    ]  # fmt: skip
+    for number, each in enumerate(plans, start=1):
+        print(f"[{number}] {each.name}: {'; '.join(each.words())}")
+    return MET
+
+
+def add_demo(commands: Any) -> None:
+    """Add ``demo``."""
+    sub = commands.add_parser("demo", help="train LeNet-5 on MNIST digits and compress it, in a few minutes")
+    sub.set_defaults(run=_demo)
+    sub.add_argument("--epochs", type=int, default=None, help="epochs of the original's training")
+    run_options(sub, "demo-out")
+
+
+def _demo(options: argparse.Namespace) -> int:
+    from dwindle.compressing.store import check_out_folder
+
+    check_out_folder(options.out, resume=options.resume, force=options.force)
+    start_keras()
+    from dwindle.demo import run_demo
+
+    result = run_demo(
+        out=options.out, epochs=options.epochs, seed=options.seed, threads=options.threads, resume=options.resume,
+        force=options.force, say=say, command=command_line(),
+    )  # fmt: skip
+    return show(result, options)

@@ -1,0 +1,129 @@
+"""``dwindle convert``."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from typing import Any
+
+from dwindle.cli.common import MET, data_options, fitted, progress, rescaling, start_keras
+from dwindle.errors import ConfigError, check_choice
+
+SCHEME_NAMES = ("float32", "float16", "int8", "int8-dynamic", "int8-weights", "int16x8", "int4", "int4-dynamic",
+                "int2-dynamic", "pow2-8")  # fmt: skip
+# Options of `convert` that `quantize` carries out, where one of them is not as here.
+UNREFINED = {"clipping": "none", "rounding": "nearest", "equalize": False, "correct_bias": False, "budget": None,
+             "max_drop": None}  # fmt: skip
+FOLDER_SCHEMES = ("float32", "float16", "float8-e4m3", "float8-e5m2")
+
+
+def add(commands: Any) -> None:
+    """Add ``convert``."""
+    sub = commands.add_parser("convert", help="write a model as a verified .tflite or SavedModel folder")
+    sub.set_defaults(run=_convert)
+    sub.add_argument("model", metavar="MODEL", help=".keras, .h5, .tflite or a SavedModel folder")
+    sub.add_argument("out", metavar="OUT", help="the .tflite, .keras or SavedModel folder (no suffix) to write")
+    sub.add_argument(
+        "--scheme", help=f"{', '.join(SCHEME_NAMES)} (default float32); in a folder {', '.join(FOLDER_SCHEMES)}"
+    )
+    sub.add_argument(
+        "--layer", metavar="PATTERN=SCHEME", action="append", default=[],
+        help="another scheme for the layers or operators that match, such as 'conv_3=int16x8'; repeatable",
+    )  # fmt: skip
+    data_options(sub, required=False)
+    sub.add_argument(
+        "--io-type", default="float32", help="inputs and outputs of an integer file: float32, int8, uint8 or int16"
+    )
+    sub.add_argument("--calibration", default="min-max", help="ranges: min-max, percentile, mse or entropy")
+    sub.add_argument("--clipping", default="none", help="grids of weights: none, or mse (the least squared error)")
+    sub.add_argument("--rounding", default="nearest", help="of weights: nearest, adaround or gptq (need --data)")
+    sub.add_argument("--equalize", action="store_true", help="bring the ranges of consecutive layers together first")
+    sub.add_argument("--correct-bias", action="store_true", help="let biases take up the shift that rounding makes")
+    sub.add_argument("--budget", metavar="SIZE", help="fewer bits where they cost least, until the file is this small")
+    sub.add_argument("--max-drop", metavar="DROP", help="fewer bits where they cost least, while it loses at most this")
+    sub.add_argument("--sparse", action="store_true", help="store weights with many zeros in the sparse encoding")
+    sub.add_argument("--force", action="store_true", help="write over OUT if it exists")
+    sub.add_argument("--json", action="store_true", help="print the result as JSON")
+    sub.add_argument("--trust", action="store_true", help="let code in the model file run (Lambda layers)")
+
+
+def _convert(options: argparse.Namespace) -> int:
+    from dwindle.files import check_output_file, check_output_folder, names_folder, save_keras
+
+    folder = names_folder(options.out)
+    out = check_output_folder(options.out) if folder else check_output_file(options.out, suffixes=(".tflite", ".keras"))
+    if out.exists() and not options.force:
+        raise ConfigError(f"`{out}` exists; write over it with --force, or name another")
+    factor = rescaling(options.rescale)
+    scheme = _scheme(options, folder=folder)
+    from dwindle.loading import load
+
+    start_keras()
+    model = load(options.model, trust=options.trust)
+    if out.suffix.lower() == ".keras":
+        if scheme is not None and not (isinstance(scheme, str) and scheme == "float32"):
+            raise ConfigError(f"`--scheme` is {options.scheme}, and a .keras file is float; name a .tflite")
+        print(f"{save_keras(model, out)}: {out.stat().st_size:,} bytes")
+        return MET
+    from dwindle.exporting import export
+
+    data = fitted(options, model, factor)
+    refined = {name: getattr(options, name) for name in UNREFINED}
+    if refined != UNREFINED:
+        if folder:
+            raise ConfigError("--clipping, --rounding, --equalize, --correct-bias, --budget and --max-drop are for "
+                              "integers, and a SavedModel folder holds floats; name a .tflite")  # fmt: skip
+        from dwindle.quantization import quantize
+
+        model = quantize(
+            model, scheme or "float32", data, calibration=options.calibration, progress=progress("steps"), **refined
+        )
+        scheme = None
+    artefact = export(
+        model, options.out, scheme=scheme, data=data, io_type=options.io_type, calibration=options.calibration,
+        sparse=options.sparse,
+    )  # fmt: skip
+    found = artefact.verification
+    if options.json:
+        told = {"file": str(artefact.path), "scheme": artefact.scheme, "size_bytes": artefact.size_bytes,
+                "sha256": artefact.sha256, "verification": found.to_dict(), "notes": artefact.notes,
+                "float_error": artefact.float_error}  # fmt: skip
+        print(json.dumps(told, indent=2))
+        return MET
+    print(f"{artefact.path}: {artefact.size_bytes:,} bytes, {artefact.scheme}")
+    print(
+        f"verified on {found.samples} samples against {found.reference}: {found.within:.2%} within the bound "
+        f"({found.bound}), largest difference {found.max_abs_error:.3g}"
+    )
+    if artefact.float_error is not None:
+        print(f"largest difference from the model before rounding: {artefact.float_error:.3g}")
+    for note in artefact.notes:
+        print(f"note: {note}")
+    return MET
+
+
+def _scheme(options: argparse.Namespace, *, folder: bool) -> Any:
+    """Return the scheme that the options stand for, checked before a framework is imported."""
+    from dwindle.quantization.schemes import IO_TYPES, resolve_scheme
+
+    def check(name: str, argument: str) -> None:
+        if not folder:
+            resolve_scheme(name, argument)
+        elif name in SCHEME_NAMES and name not in FOLDER_SCHEMES:
+            raise ConfigError(f"`{argument}` is {name!r}, and a SavedModel folder holds floats; name a .tflite as OUT")
+        else:
+            check_choice(argument, name, FOLDER_SCHEMES)
+
+    check_choice("--io-type", options.io_type, IO_TYPES)
+    if options.scheme is not None:
+        check(options.scheme, "--scheme")
+    if not options.layer:
+        return options.scheme
+    mapping = {"*": options.scheme or "float32"}
+    for given in options.layer:
+        pattern, separator, name = given.rpartition("=")
+        if not separator or not pattern:
+            raise ConfigError(f"`--layer` is {given!r}; it must be PATTERN=SCHEME, such as conv_3=int16x8")
+        check(name, "--layer")
+        mapping[pattern] = name
+    return mapping
