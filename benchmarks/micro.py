@@ -1,10 +1,11 @@
-"""Microcontrollers: bytes of a DS-CNN's file as it is quantized, stripped, and with look-up tables; arena; agreement.
+"""Microcontrollers: bytes of a DS-CNN's file as it is quantized, stripped and encoded; arena; agreement.
 
 python benchmarks/micro.py [--epochs 3] [--samples 500]
 
 A DS-CNN (a 10x4 convolution, four depthwise separable blocks of 64 channels, 24,000 parameters, as in MLPerf Tiny) is
-trained on the digits that dwindle ships, at 28x28. Its integer weights are then clustered: k-means on the integers of
-each tensor. Every file is run in TensorFlow Lite Micro, and its accuracy is measured there. The table is Markdown.
+trained on the digits that dwindle ships, at 28x28. Its integer weights are then clustered, k-means on the integers of
+each tensor, or pruned, 80% of each kernel by magnitude, without training on: bytes are what is looked at. Every file is
+run in TensorFlow Lite Micro, and its accuracy is measured there. The table is Markdown.
 """
 
 from __future__ import annotations
@@ -25,9 +26,9 @@ import numpy as np
 import dwindle as dw
 from dwindle.lifting.flatbuffer import parse, read_graph, serialize
 from dwindle.measuring.litert import LiteRTRunner, quantize
+from dwindle.micro.encoding import encode_weights
 from dwindle.micro.running import run_micro
 from dwindle.micro.stripping import strip
-from dwindle.micro.tables import with_tables
 from dwindle.micro.verifying import run_litert
 from dwindle.quantization.schemes import SCHEMES
 
@@ -66,6 +67,19 @@ def clustered(content: bytes, count: int) -> bytes:
     return serialize(model)
 
 
+def pruned(content: bytes, sparsity: float) -> bytes:
+    """Return the file with the smallest integers of each kernel set to 0."""
+    model = copy.deepcopy(parse(content))
+    for operation in read_graph(content).operations:
+        kernel = operation.inputs[1] if len(operation.inputs) > 1 else None
+        if kernel is None or kernel.value is None or kernel.dtype != np.int8 or kernel.value.ndim < 2:
+            continue
+        values = kernel.value.ravel().copy()
+        values[np.argsort(np.abs(values.astype(int)), kind="stable")[: int(sparsity * values.size)]] = 0
+        model.buffers[kernel.buffer].data = np.frombuffer(values.tobytes(), np.uint8)
+    return serialize(model)
+
+
 def measured(content: bytes, x: np.ndarray, y: np.ndarray) -> tuple[float, int, np.ndarray]:
     """Return accuracy and arena of a file in TensorFlow Lite Micro, and its outputs."""
     run = run_micro(content, [x])
@@ -78,11 +92,11 @@ def rows(name: str, content: bytes, x: np.ndarray, y: np.ndarray) -> None:
     reference = run_litert(content, [x], reference=True)[0]
     same = float((reference == expected).mean())
     print(f"| {name} | {len(content):,} | {arena:,} | {accuracy:.4f} | {same:.2%} of outputs as LiteRT's reference |")
-    tabled, weights = with_tables(content)
+    encoded, weights = encode_weights(content)
     forms = {"stripped": strip(content), "stripped, for TFLM only": strip(content, micro_only=True)}
     if weights:
-        bits = sorted({weight.bits for weight in weights})
-        forms[f"{len(weights)} weights in tables, {bits} bits"] = strip(tabled, micro_only=True)
+        kinds = sorted({f"{weight.encoding}, {weight.bits} bits" for weight in weights})
+        forms[f"{len(weights)} weights encoded: {'; '.join(kinds)}"] = strip(encoded, micro_only=True)
     for form, made in forms.items():
         _, arena, found = measured(made, x, y)
         identical = "identical" if np.array_equal(found, expected) else "DIFFERENT"
@@ -120,6 +134,7 @@ def main() -> None:
             rows(f"int8, {name}", content, raw, picked.y)
             for count in (16, 8):
                 rows(f"int8, {name}, {count} values", clustered(content, count), raw, picked.y)
+            rows(f"int8, {name}, 80% zeros", pruned(content, 0.8), raw, picked.y)
 
 
 if __name__ == "__main__":

@@ -80,3 +80,53 @@ def test_a_subclassed_model_says_what_to_do_and_can_be_lifted():
     lifted = dw.lift(model)
     np.testing.assert_allclose(outputs(lifted, inputs)[0], outputs(model, inputs)[0], rtol=1e-5, atol=1e-6)
     assert [(w == 0).mean() for w in effective_weights(dw.prune(lifted, 0.5)).values()] == [0.5, 0.5]
+
+
+class Shifted(keras.layers.Layer):
+    """Derives a number from its variable as that is loaded."""
+
+    def build(self, shape):
+        self.shift = self.add_weight(shape=(shape[-1],), initializer="zeros", trainable=False, name="shift")
+        self.held = np.zeros(shape[-1], np.float32)
+
+    def load_own_variables(self, store):
+        super().load_own_variables(store)
+        self.held = self.shift.numpy()
+
+    def call(self, x):
+        return x + self.held
+
+
+@pytest.mark.parametrize("rebuilt", [
+    lambda model: dw.prune(model, 0.0, l1=1e-4),
+    lambda model: dw.prune(model, 0.5, structure="channel"),
+    dw.factorize,
+    dw.finalize,
+    lambda model: dw.shrink(model, width=0.5),
+    lambda model: dw.shrink(model, width=0.5, start="teacher"),
+])  # fmt: skip
+def test_statistics_and_other_derived_state_come_along(rebuilt):
+    x = np.random.default_rng(0).normal(3, 2, (50, 4)).astype(np.float32)
+    model = keras.Sequential([
+        keras.Input((4,)), keras.layers.Normalization(name="scale"), Shifted(name="own"), keras.layers.Dense(8),
+        keras.layers.Dense(2),
+    ])  # fmt: skip
+    model.get_layer("scale").adapt(x)
+    model.get_layer("own").load_own_variables({"0": np.arange(4.0)})
+    twin = rebuilt(model)
+    expected = (x - x.mean(0)) / x.std(0) + np.arange(4)
+    np.testing.assert_allclose(twin.get_layer("own")(twin.get_layer("scale")(x)), expected, atol=1e-4)
+
+
+@pytest.mark.slow
+def test_lifted_graphs_may_be_deeper_than_keras_walks_by_itself(tmp_path):
+    x = begin = keras.Input((4,))
+    for _ in range(350):
+        x = keras.layers.Add()([keras.layers.Dense(4, activation="swish")(x), begin])
+    lifted = dw.lift(keras.Model(begin, x))
+    assert len(lifted.layers) > 1000
+    lifted.save(tmp_path / "deep.keras")
+    loaded = dw.load(tmp_path / "deep.keras")
+    sample = np.random.default_rng(0).normal(size=(3, 4)).astype(np.float32)
+    np.testing.assert_array_equal(outputs(loaded, [sample])[0], outputs(lifted, [sample])[0])
+    assert len(dw.finalize(dw.prune(loaded, 0.5)).layers) == len(lifted.layers)

@@ -13,7 +13,7 @@ import keras
 import numpy as np
 
 from dwindle.transformed_layers import resolve
-from dwindle.weights import Transform, check_model, is_graph, raw_variable, walk_layers
+from dwindle.weights import Transform, check_model, copy_own_state, is_graph, raw_variable, rebuilding, walk_layers
 
 
 def rebuild(
@@ -50,7 +50,8 @@ def rebuild(
         config = {**config, "graph": edit_config(config["graph"], "")}
     else:
         config = edit_config(config, "")
-    new = type(model).from_config(config)
+    with rebuilding(model):
+        new = type(model).from_config(config)
     if not new.built:
         new.build(model.input_shape)
     copy_variables(model, new, copy_states=copy_states)
@@ -93,6 +94,7 @@ def copy_variables(source: keras.Model, target: keras.Model, *, copy_states: boo
         for from_variable, to_variable in pairs:
             # By way of NumPy: JAX's arrays would be shared, and training the twin would take the original's away.
             to_variable.assign(keras.ops.convert_to_numpy(from_variable))
+        copy_own_state(old, new)
 
 
 def _states(layer: Any) -> dict[tuple[str, str, str], Any]:

@@ -13,7 +13,7 @@ from typing import Any
 import keras
 import numpy as np
 
-from dwindle.weights import walk_layers
+from dwindle.weights import copy_own_state, rebuilding, walk_layers
 
 Ref = tuple[str, int, int]
 _TENSOR = "__keras_tensor__"
@@ -156,10 +156,11 @@ def rebuilt(
         return edit(prefix, {**config, "layers": layers})
 
     config = model.get_config()
-    if "graph" in config:
-        new = keras.Model.from_config(edited(dict(config["graph"]), ""))
-    else:
-        new = type(model).from_config(edited(config, ""))
+    with rebuilding(model):
+        if "graph" in config:
+            new = keras.Model.from_config(edited(dict(config["graph"]), ""))
+        else:
+            new = type(model).from_config(edited(config, ""))
     if not new.built:
         new.build(model.input_shape)
     copy_by_path(model, new, skip=changed)
@@ -173,6 +174,7 @@ def copy_by_path(source: keras.Model, target: keras.Model, *, skip: Iterable[str
         if path in olds and path not in left:
             for from_variable, to_variable in zip(olds[path].variables, new.variables, strict=True):
                 to_variable.assign(keras.ops.convert_to_numpy(from_variable))
+            copy_own_state(olds[path], new)
 
 
 class Taps:
@@ -207,7 +209,8 @@ class Taps:
             _replace_ends(config["input_layers"], lambda ref: (given.append(list(ref)), ref)[1])  # type: ignore[func-returns-value]
             config = {**config, "input_layers": given, "output_layers": [list(ref) for ref in self._refs]}
             # Nested models stay whole: only what the tapped tensors need is computed.
-            self._model = keras.Model.from_config(redirected(config, {}))
+            with rebuilding(model):
+                self._model = keras.Model.from_config(redirected(config, {}))
             copy_by_path(model, self._model)
 
     def read(self, inputs: Sequence[np.ndarray]) -> dict[tuple[str, Ref], list[np.ndarray]]:

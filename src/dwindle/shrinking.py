@@ -14,7 +14,7 @@ from dwindle.graphs import graph_config, outputs, sources
 from dwindle.pruning.channels import prune_channels
 from dwindle.pruning.depth import drop_blocks
 from dwindle.seeding import seeded
-from dwindle.weights import check_model, walk_layers
+from dwindle.weights import check_model, copy_own_state, rebuilding, walk_layers
 
 STARTS = ("random", "teacher")
 
@@ -110,6 +110,7 @@ def _started(
         if all(tuple(old.shape) == tuple(new.shape) for old, new in pairs):
             for old, new in pairs:
                 new.assign(keras.ops.convert_to_numpy(old))
+            copy_own_state(olds[path], layer)
         else:
             notes.append(f"{path} starts from new weights: its shape depends on the size of the input")
     return twin, notes
@@ -151,7 +152,7 @@ def _fresh(model: keras.Model, seed: int, input_size: Any, config: Mapping[str, 
     shape = model.input_shape
     if input_size is not None:
         data, shape = _resized(model, data, input_size)
-    with seeded(seed):
+    with seeded(seed), rebuilding(model):
         cls = keras.Model if lifted else type(model)
         if lifted:  # which lists its inputs and outputs even where there is one
             ends = {name: data[name] for name in ("input_layers", "output_layers")}
@@ -164,10 +165,7 @@ def _fresh(model: keras.Model, seed: int, input_size: Any, config: Mapping[str, 
         before = olds.get(path)
         if before is None or not layer.variables or before.trainable_variables or not before.trainable:
             continue
-        if [tuple(one.shape) for one in before.variables] == [tuple(one.shape) for one in layer.variables]:
-            store: dict[str, Any] = {}
-            before.save_own_variables(store)
-            layer.load_own_variables(store)
+        copy_own_state(before, layer)
     return twin
 
 

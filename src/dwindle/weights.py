@@ -13,8 +13,10 @@ own class, made on the fly (`dwindle.transformed_layers`), in which the weight's
 
 from __future__ import annotations
 
+import contextlib
 import fnmatch
 import importlib
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -283,6 +285,42 @@ def walk_layers(model: keras.Model, prefix: str = "") -> Iterator[tuple[str, Any
             yield from walk_layers(layer, f"{prefix}{layer.name}/")
         else:
             yield f"{prefix}{layer.name}", layer
+
+
+@contextlib.contextmanager
+def rebuilding(model: keras.Model) -> Iterator[None]:
+    """A context in which a graph like the model's can be built from a config.
+
+    Classes of its layers need no registration, and the graph may be as deep as it is: Keras walks it recursively.
+    """
+    layers = list(model._flatten_layers())
+    unknown = [cls for cls in map(type, layers) if keras.saving.get_registered_name(cls) == cls.__name__]
+    own = {cls.__name__: cls for cls in unknown if not cls.__module__.startswith(("keras.", "dwindle."))}
+    with keras.saving.custom_object_scope(own), recursion_of(len(layers)):
+        yield
+
+
+@contextlib.contextmanager
+def recursion_of(operations: int) -> Iterator[None]:
+    """A context in which Keras can walk a chain of that many operations, two calls each, recursively."""
+    before = sys.getrecursionlimit()
+    sys.setrecursionlimit(max(before, 1000 + 4 * operations))
+    try:
+        yield
+    finally:
+        sys.setrecursionlimit(before)
+
+
+def copy_own_state(old: Any, new: Any) -> None:
+    """Copy what a layer holds besides variables and derives as they are loaded: the statistics of ``Normalization``."""
+    own = type(new).load_own_variables
+    shapes = [[tuple(variable.shape) for variable in layer.variables] for layer in (old, new)]
+    if type(old) is not type(new) or own is keras.Layer.load_own_variables or shapes[0] != shapes[1]:
+        return
+    store: dict[str, Any] = {}
+    old.save_own_variables(store)
+    # By way of NumPy: JAX's arrays would be shared, and training the one would take the other's away.
+    new.load_own_variables({key: keras.ops.convert_to_numpy(value) for key, value in store.items()})
 
 
 def model_slots(model: keras.Model) -> dict[str, list[Slot]]:

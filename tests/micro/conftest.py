@@ -53,6 +53,20 @@ def clustered(content: bytes, values: int = 16) -> bytes:
     return serialize(model)
 
 
+def pruned(content: bytes, sparsity: float) -> bytes:
+    """Return the file with the smallest values of each kernel set to 0."""
+    model = copy.deepcopy(parse(content))
+    for operation in read_graph(content).operations:
+        kernel = operation.inputs[1] if len(operation.inputs) > 1 else None
+        if kernel is None or kernel.value is None or kernel.dtype != np.int8 or kernel.value.ndim < 2:
+            continue
+        flat = kernel.value.ravel().copy()
+        order = np.argsort(np.abs(flat.astype(np.float64)), kind="stable")
+        flat[order[: int(sparsity * flat.size)]] = 0
+        model.buffers[kernel.buffer].data = np.frombuffer(flat.tobytes(), np.uint8)
+    return serialize(model)
+
+
 @pytest.fixture(scope="session")
 def rows(digits):
     """A recurrent model over the rows of digits, trained, and digits as sequences of shape ``(n, 28, 28)``."""

@@ -50,10 +50,10 @@ def test_a_cnn(cnn_file, tmp_path):
 
 
 @needs_sources
-def test_look_up_tables(cnn_file, tmp_path):
+def test_encoded_weights(cnn_file, tmp_path):
     (tmp_path / "model.tflite").write_bytes(clustered(cnn_file.content))
-    made = export_micro(tmp_path / "model.tflite", tmp_path / "out", tables=True)
-    assert made.tables
+    made = export_micro(tmp_path / "model.tflite", tmp_path / "out", decode=True)
+    assert made.encoded
     check(made, tmp_path / "build")
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import keras
@@ -87,7 +88,7 @@ def distill(
     objectives, looked_at = _objectives(objective), _features(features)
     teachers = [resolve_teacher(one, student) for one in (teacher if isinstance(teacher, list | tuple) else [teacher])]
     _check_teachers(student, teachers, looked_at)
-    ours = outputs_of_model(student)
+    ours = _known(student, teachers)
     pairs = _pairs(ours, teachers, objectives, classes)
     losses = [getattr(model, "loss", None) for model in (student, *(one.model for one in teachers))]
     tasks = tuple(task_of(pair, losses if len(ours) == 1 else (), task) for pair in pairs)
@@ -146,6 +147,17 @@ def _check_teachers(student: keras.Model, teachers: Sequence[Teacher], features:
         raise ConfigError(
             "`features` look at the teacher's layers, and it is no Keras model; pass dw.load(path), or leave them out"
         )
+
+
+def _known(student: keras.Model, teachers: Sequence[Teacher]) -> list[Output]:
+    """Return the student's outputs; what a subclassed model does not tell is taken to be as the others say."""
+    ours = outputs_of_model(student)
+    told = [ours, *(teacher.specs for teacher in teachers)]
+    known = next((specs for specs in told if specs), [Output(shape=(None, None), activation="")])
+    unknown = [replace(one, activation="", recovered=False) for one in known]
+    for teacher in teachers:
+        teacher.specs = teacher.specs or unknown
+    return ours or unknown
 
 
 def _pairs(

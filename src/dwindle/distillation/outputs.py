@@ -44,24 +44,13 @@ def outputs_of_model(model: keras.Model) -> list[Output]:
     """Describe the outputs of a built model, in the order of ``keras.tree.flatten``.
 
     Args:
-        model: Functional, sequential or lifted; of a subclassed model that is built, shapes only.
+        model: Functional, sequential or lifted; of a subclassed model nothing is known, and the list is empty.
     """
-    tensors = getattr(model, "outputs", None)
-    if not tensors:
-        made = keras.tree.flatten(model.compute_output_shape(model.input_shape)) if _has_shape(model) else []
-        shapes = [tuple(made)] if made and not isinstance(made[0], tuple) else [tuple(one) for one in made]
-        return [Output(shape=shape, activation="") for shape in shapes]
+    tensors = getattr(model, "outputs", None) or []
     endings = _endings(model) if is_graph(model) else [""] * len(tensors)
     return [
         Output(shape=tuple(tensor.shape), activation=ending) for tensor, ending in zip(tensors, endings, strict=True)
     ]
-
-
-def _has_shape(model: keras.Model) -> bool:
-    try:
-        return model.input_shape is not None
-    except (AttributeError, ValueError):
-        return False
 
 
 def ends_in(model: keras.Model, activation: str) -> bool:
@@ -121,7 +110,7 @@ def task_of(outputs: Sequence[Output], losses: Sequence[Any], task: str | None) 
     if endings & set(_BOUNDED) or any(word in names for word in _QUANTITIES):
         return "regression"
     shape = outputs[0].shape
-    return "classes" if len(shape) == 2 and (shape[-1] or 0) > 1 else "regression"
+    return "classes" if len(shape) == 2 and shape[-1] != 1 else "regression"
 
 
 def logits(values: Any, task: str, are_logits: bool) -> Any:

@@ -17,7 +17,10 @@ from dwindle.lifting.grids import Grids
 from dwindle.lifting.layout import channel_axis, to_file
 from dwindle.lifting.links import Link
 from dwindle.lifting.shared_constants import TiedWeight, followers, tie, unshared
-from dwindle.weights import walk_layers
+from dwindle.weights import recursion_of, walk_layers
+
+#: Operations in a row that a lifted graph may have; Keras walks them recursively.
+DEEPEST = 50_000
 
 
 @keras.saving.register_keras_serializable("dwindle")
@@ -46,7 +49,8 @@ class LiftedModel(keras.Model):
         quantization: dict[str, Any] | None = None,
         notes: Sequence[str] = (),
     ) -> None:
-        super().__init__(inputs=inputs, outputs=outputs, name=name)
+        with recursion_of(DEEPEST):
+            super().__init__(inputs=inputs, outputs=outputs, name=name)
         self._dwindle_links = tuple(links)
         self._dwindle_quantization = quantization
         self._dwindle_notes = tuple(notes)
@@ -110,7 +114,8 @@ class LiftedModel(keras.Model):
 
     def get_config(self) -> dict[str, Any]:
         """Return the functional graph and what ties it to the file."""
-        graph = keras.Model(self.inputs, self.outputs, name=self.name).get_config()
+        with recursion_of(DEEPEST):
+            graph = keras.Model(self.inputs, self.outputs, name=self.name).get_config()
         links = [vars(link) for link in self.links]
         return {"graph": graph, "links": links, "quantization": self.quantization, "name": self.name,
                 "notes": list(self.notes)}  # fmt: skip
@@ -118,7 +123,8 @@ class LiftedModel(keras.Model):
     @classmethod
     def from_config(cls, config: dict[str, Any], custom_objects: Any = None) -> LiftedModel:
         """Make the model from `get_config`; `float_file` is loaded or set afterwards."""
-        graph = keras.Model.from_config(config["graph"], custom_objects=custom_objects)
+        with recursion_of(len(config["graph"]["layers"])):
+            graph = keras.Model.from_config(config["graph"], custom_objects=custom_objects)
         links = [Link(**link) for link in config["links"]]
         return cls(
             graph.inputs, graph.outputs, links=links, name=config["name"], quantization=config["quantization"],

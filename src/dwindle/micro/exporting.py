@@ -19,6 +19,7 @@ from dwindle.exporting.verify import Verification
 from dwindle.files import replace_folder, temporary_folder, write_bytes, write_text
 from dwindle.lifting.flatbuffer import layer_name, read_graph
 from dwindle.measuring.litert import LiteRTRunner, quantize, read_content
+from dwindle.micro.encoding import EncodedWeight, encode_weights
 from dwindle.micro.operators import check_operators, operators_of
 from dwindle.micro.running import MicroRun, check_installed, run_micro
 from dwindle.micro.sources import FILES, Sample, render
@@ -32,7 +33,6 @@ from dwindle.micro.streaming import (
 )
 from dwindle.micro.stripping import ALIGNMENTS, strip
 from dwindle.micro.substituting import substituted
-from dwindle.micro.tables import TableWeight, with_tables
 from dwindle.micro.verifying import Agreement, agreement, require, run_litert
 from dwindle.quantization import Scheme, calibration_samples, resolve_scheme
 
@@ -47,8 +47,8 @@ class MicroExport:
         folder: Where it is.
         file: The ``.tflite`` in it.
         size_bytes: Bytes of the file, which are the flash that the model takes.
-        plain_bytes: Bytes of the file before anything was stripped or stored in tables.
-        stripped_bytes: Bytes of it stripped, without tables.
+        plain_bytes: Bytes of the file before anything was stripped or encoded.
+        stripped_bytes: Bytes of it stripped, its weights as they are.
         arena_bytes: Bytes of the tensor arena that are used, measured in TensorFlow Lite Micro on this machine.
         needed_bytes: The smallest arena in which the tensors can be allocated; ``main.cc`` sets aside a tenth more.
         persistent_bytes: The interpreter's own structures in it, smaller on 32-bit devices.
@@ -56,7 +56,7 @@ class MicroExport:
         operators: Its operators.
         agreements: TensorFlow Lite Micro against LiteRT's reference kernels and against LiteRT as it comes (XNNPACK).
         verification: The file against the model; None where a ``.tflite`` was passed.
-        tables: Weights that are stored in look-up tables.
+        encoded: Weights that are stored in fewer bytes, which DECODE expands.
         notes: What the user should know.
     """
 
@@ -72,7 +72,7 @@ class MicroExport:
     operators: tuple[str, ...]
     agreements: tuple[Agreement, ...]
     verification: Verification | None
-    tables: tuple[TableWeight, ...] = ()
+    encoded: tuple[EncodedWeight, ...] = ()
     notes: tuple[str, ...] = field(default=())
 
     def to_dict(self) -> dict[str, Any]:
@@ -87,7 +87,7 @@ def export_micro(
     data: Any = None,
     scheme: str | Scheme | Mapping[str, Any] | None = None,
     states: Mapping[Any, Any] | None = None,
-    tables: bool = False,
+    decode: bool = False,
     alignment: int = 16,
     verify_samples: int = 64,
 ) -> MicroExport:
@@ -110,8 +110,8 @@ def export_micro(
         states: For a model of one step that carries states: each input to the output that is its next value, by name
             or number. ``data`` is then sequences, shape ``(n, steps, ...)`` for each of the other inputs; states begin
             at 0. Both ends of a state are put on one grid, and ``main.cc`` hands it back.
-        tables: Store weights that take at most 128 values in look-up tables. The file then runs in TensorFlow Lite
-            Micro only.
+        decode: Store clustered and pruned weights in fewer bytes, which TensorFlow Lite Micro's operator DECODE expands
+            in the arena as the model runs; see `dwindle.micro.encoding.encode_weights`. LiteRT does not run that file.
         alignment: See `dwindle.micro.stripping.strip`.
         verify_samples: At most this many samples are run in both runtimes.
 
@@ -138,7 +138,7 @@ def export_micro(
     else:
         content, verification, notes = _file_of(model, scheme, data)
         samples, pairs = _samples(content, data, verify_samples), {}
-    made = _prepared(content, samples, tables=tables, alignment=alignment, states=pairs)
+    made = _prepared(content, samples, decode=decode, alignment=alignment, states=pairs)
     title = model.name if isinstance(model, keras.Model) else Path(model).stem
     return _write(place, title, content, made, samples, verification, notes)
 
@@ -151,7 +151,7 @@ class _Prepared:
     stripped: bytes
     run: MicroRun
     agreements: tuple[Agreement, ...]
-    tables: tuple[TableWeight, ...]
+    encoded: tuple[EncodedWeight, ...]
     states: Mapping[int, int]
     notes: tuple[str, ...]
 
@@ -232,7 +232,7 @@ def _prepared(
     content: bytes,
     samples: list[np.ndarray],
     *,
-    tables: bool,
+    decode: bool,
     alignment: int,
     states: Mapping[int, int] | None = None,
 ) -> _Prepared:
@@ -261,22 +261,16 @@ def _prepared(
     run = run_micro(stripped, samples, states=states, named=content)
     _same("stripped", plain.outputs, run.outputs)
     written = stripped
-    stored: tuple[TableWeight, ...] = ()
-    if tables:
-        written, stored = _tabled(content, alignment)
-        if stored:
-            run = run_micro(written, samples, states=states)
-            _same("with look-up tables", plain.outputs, run.outputs)
-        else:
-            written = stripped
+    stored: tuple[EncodedWeight, ...] = ()
+    if decode:
+        encoded, stored = encode_weights(content, alignment=alignment)
+    if stored:
+        written = strip(encoded, alignment=alignment, micro_only=True)
+        run = run_micro(written, samples, states=states)
+        _same("encoded", plain.outputs, run.outputs)
     return _Prepared(
-        content=written, stripped=stripped, run=run, agreements=found, tables=stored, states=states, notes=notes
+        content=written, stripped=stripped, run=run, agreements=found, encoded=stored, states=states, notes=notes
     )  # fmt: skip
-
-
-def _tabled(content: bytes, alignment: int) -> tuple[bytes, tuple[TableWeight, ...]]:
-    written, stored = with_tables(content, alignment=alignment)
-    return strip(written, alignment=alignment, micro_only=True), stored
 
 
 def _same(how: str, before: tuple[np.ndarray, ...], after: tuple[np.ndarray, ...]) -> None:
@@ -330,8 +324,8 @@ def _write(
             inputs=tuple(array[:1] for array in samples), outputs=tuple(array[:1] for array in made.run.outputs),
             said="A sample",
         )  # fmt: skip
-    if made.tables:
-        notes = [*notes, f"{len(made.tables)} weights are in look-up tables: LiteRT does not run this file"]
+    if made.encoded:
+        notes = [*notes, f"DECODE expands {len(made.encoded)} weights: LiteRT does not run this file"]
     checked = [f"in TensorFlow Lite Micro against {found}" for found in made.agreements]
     if verification is not None:
         asked = f"{verification.within:.2%} of the outputs are within the bound ({verification.bound})"
@@ -350,5 +344,5 @@ def _write(
         stripped_bytes=len(made.stripped), arena_bytes=made.run.arena_bytes, needed_bytes=made.run.needed_bytes,
         persistent_bytes=made.run.persistent_bytes, sha256=hashlib.sha256(made.content).hexdigest(),
         operators=operators_of(made.content), agreements=made.agreements, verification=verification,
-        tables=made.tables, notes=tuple(notes),
+        encoded=made.encoded, notes=tuple(notes),
     )  # fmt: skip

@@ -12,7 +12,7 @@ from dwindle.attaching import copy_variables, effective_weights
 from dwindle.graphs import graph_config
 from dwindle.pruning.analysis import Analysis, Kept
 from dwindle.transformed_layers import resolve
-from dwindle.weights import raw_variable, walk_layers
+from dwindle.weights import copy_own_state, raw_variable, rebuilding, walk_layers
 
 
 def keeper(analysis: Analysis, removed: np.ndarray) -> Kept:
@@ -38,7 +38,8 @@ def cut(model: keras.Model, analysis: Analysis, removed: np.ndarray) -> keras.Mo
     config = dict(graph_config(model.get_config()))
     lifted = hasattr(model, "float_file")
     cls = keras.Model if lifted else type(model)
-    new = cls.from_config(_edited(_single(config) if lifted else config, "", analysis, kept))
+    with rebuilding(model):
+        new = cls.from_config(_edited(_single(config) if lifted else config, "", analysis, kept))
     if not new.built:
         new.build(model.input_shape)
     _copy(model, new, analysis, kept)
@@ -54,7 +55,8 @@ def untied(model: keras.Model) -> keras.Model:
         {**entry, **entry["config"]["layer"]} if entry["config"].get("name") in paths else entry
         for entry in config["layers"]
     ]
-    twin = keras.Model.from_config(_single(config))
+    with rebuilding(model):
+        twin = keras.Model.from_config(_single(config))
     copy_variables(model, twin, copy_states=False)
     layers = dict(walk_layers(twin))
     for (path, key), value in baked.items():
@@ -108,3 +110,4 @@ def _copy(model: keras.Model, new: keras.Model, analysis: Analysis, kept: Kept) 
                 if labels is not None:
                     value = np.take(value, kept(labels), axis=axis)
             after.assign(value)
+        copy_own_state(old, layers[path])

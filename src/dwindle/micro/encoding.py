@@ -1,11 +1,12 @@
-"""Look-up tables: weights that take few values are stored as indices, which TensorFlow Lite Micro's DECODE expands.
+"""Weights in fewer bytes, which TensorFlow Lite Micro's operator DECODE expands as the model runs.
 
-``DECODE`` is an operator of TensorFlow Lite Micro; LiteRT has none. It is put before each operator that reads such a
-weight, and its output, the expanded weight, lies in the arena while that operator runs.
+LiteRT has no such operator. It is put before each operator that reads such a weight, and its output, the expanded
+weight, lies in the arena while that operator runs.
 
 References:
-    TensorFlow Lite Micro, ``micro/compression/decode.py``, ``lut.py`` and ``micro/kernels/decode_state_lut.cc``. We
-    differ: the bits of an index are found from the weight, and a weight that would not get smaller is left as it is.
+    TensorFlow Lite Micro, ``micro/compression/decode.py`` and ``lut.py``, ``micro/kernels/decode_state_lut.cc`` and
+    ``decode_state_prune.cc``. We differ: which encoding serves is found from the weight, and a weight that would not
+    get smaller is left as it is. Its own writer has look-up tables only.
 """
 
 from __future__ import annotations
@@ -24,23 +25,28 @@ from dwindle.micro.stripping import write
 _READERS = {"CONV_2D": 1, "DEPTHWISE_CONV_2D": 1, "FULLY_CONNECTED": 1, "TRANSPOSE_CONV": 1}
 _MOST_BITS = 7
 _ONE_TABLE = 15
+_TABLE, _ZEROS = 0, 2
+_HEADER_BYTES = 16
 # Bytes that the operator and its two further tensors take in the flatbuffer, about.
 _OVERHEAD = 80
 
 
 @dataclass(frozen=True, kw_only=True)
-class TableWeight:
-    """A weight that is stored in look-up tables.
+class EncodedWeight:
+    """A weight that DECODE expands.
 
     Attributes:
         name: Its tensor's name.
-        bits: Bits of one index.
-        tables: 1, or one for each channel.
+        encoding: ``"table"``, indices into tables of its values; ``"zeros"``, a bit for each value and those that are
+            not 0.
+        bits: Bits of one index; 1 for ``"zeros"``.
+        tables: 1, or one for each channel; 0 for ``"zeros"``.
         size_before_bytes: Bytes of its values.
-        size_after_bytes: Bytes of indices, tables and header.
+        size_after_bytes: Bytes of all that is stored instead, but for the operator.
     """
 
     name: str
+    encoding: str
     bits: int
     tables: int
     size_before_bytes: int
@@ -49,25 +55,31 @@ class TableWeight:
 
 @dataclass(frozen=True, kw_only=True)
 class _Encoded:
+    encoding: str
     indices: bytes
-    header: bytes  # with the tables
+    header: bytes  # and what follows it: the tables, or the values
     bits: int
     tables: int
 
+    @property
+    def size(self) -> int:
+        return len(self.indices) + len(self.header)
 
-def with_tables(content: bytes, *, alignment: int = 16) -> tuple[bytes, tuple[TableWeight, ...]]:
-    """Return a file for TensorFlow Lite Micro whose weights of few values are stored in look-up tables.
 
-    A weight with one scale has one table; a weight with a scale for each channel has one table for each, since a value
-    that is shared by channels is another integer in each of them. A weight qualifies where no table has more than 128
-    values and the result is smaller.
+def encode_weights(content: bytes, *, alignment: int = 16) -> tuple[bytes, tuple[EncodedWeight, ...]]:
+    """Return a file for TensorFlow Lite Micro whose weights are stored in fewer bytes, each as serves it best.
+
+    **Tables**, for clustered weights: indices of 1 to 7 bits. A weight with one scale has one table; a weight with a
+    scale for each channel has one for each, since a value that channels share is another integer in each of them.
+    **Zeros**, for pruned weights: a bit for each value, and the values that are not 0; ``n / 8 + (1 - sparsity) n``
+    bytes of 8-bit weights.
 
     Args:
         content: A ``.tflite`` file.
         alignment: See `dwindle.micro.stripping.strip`.
 
     Returns:
-        The file, and what is stored in tables; the file itself where nothing is.
+        The file, and which weights are encoded; the very bytes that came in where none gets smaller.
     """
     model = copy.deepcopy(parse(content))
     named = read_graph(content)
@@ -78,7 +90,7 @@ def with_tables(content: bytes, *, alignment: int = 16) -> tuple[bytes, tuple[Ta
             read_by.setdefault(int(index), []).append((number, place))
     shared = _buffers_used_twice(model)
     before: dict[int, list[Any]] = {}
-    found: list[TableWeight] = []
+    found: list[EncodedWeight] = []
     code = len(model.operatorCodes)
     for index, readers in sorted(read_by.items()):
         value = named.tensors[index].value if index >= 0 else None
@@ -86,14 +98,13 @@ def with_tables(content: bytes, *, alignment: int = 16) -> tuple[bytes, tuple[Ta
         fits = all(_READERS.get(name) == place for name, (_, place) in zip(names, readers, strict=True))
         if value is None or not fits or main.tensors[index].buffer in shared or named.tensors[index].bits != 8:
             continue
-        encoded = _encode(value, main.tensors[index].quantization)
-        after = 0 if encoded is None else len(encoded.indices) + len(encoded.header) + _OVERHEAD * len(readers)
-        if encoded is None or after >= value.nbytes:
+        encoded = _smallest(value, main.tensors[index].quantization)
+        if encoded.size + _OVERHEAD * len(readers) >= value.nbytes:
             continue
         _insert(model, index, encoded, readers, before, code)
-        found.append(TableWeight(
-            name=named.tensors[index].name, bits=encoded.bits, tables=encoded.tables, size_before_bytes=value.nbytes,
-            size_after_bytes=len(encoded.indices) + len(encoded.header),
+        found.append(EncodedWeight(
+            name=named.tensors[index].name, encoding=encoded.encoding, bits=encoded.bits, tables=encoded.tables,
+            size_before_bytes=value.nbytes, size_after_bytes=encoded.size,
         ))  # fmt: skip
     if not found:
         return content, ()
@@ -115,7 +126,24 @@ def _buffers_used_twice(model: Any) -> set[int]:
     return {buffer for buffer, count in counts.items() if count > 1}
 
 
-def _encode(value: np.ndarray, quantization: Any) -> _Encoded | None:
+def _smallest(value: np.ndarray, quantization: Any) -> _Encoded:
+    zeros = _as_zeros(value)
+    table = _as_table(value, quantization)
+    return zeros if table is None or zeros.size < table.size else table
+
+
+def _as_zeros(value: np.ndarray) -> _Encoded:
+    """Return a bit for each value, the first in the highest place, and the values that are not 0."""
+    header = bytearray(_HEADER_BYTES)  # type, version of the header; version of the encoding at 4
+    header[0], header[1], header[4] = _ZEROS, 1, 1
+    flat = value.ravel()
+    return _Encoded(
+        encoding="zeros", indices=np.packbits(flat != 0).tobytes(), header=bytes(header) + flat[flat != 0].tobytes(),
+        bits=1, tables=0,
+    )  # fmt: skip
+
+
+def _as_table(value: np.ndarray, quantization: Any) -> _Encoded | None:
     """Return indices and tables of a weight, or None where a table would be too long."""
     scales = 1 if quantization is None or quantization.scale is None else len(quantization.scale)
     axis = int(quantization.quantizedDimension) if scales > 1 else None
@@ -136,12 +164,12 @@ def _encode(value: np.ndarray, quantization: Any) -> _Encoded | None:
         shape = (value.shape[axis], *np.delete(value.shape, axis))
         places = np.moveaxis(places.reshape(shape), 0, axis)
     bitstream = np.unpackbits(places.reshape(-1, 1), axis=1)[:, 8 - bits :]
-    header = bytearray(16)  # type 0, look-up tables; version 1 of the header and, at 4, of the tables
-    header[1] = header[4] = 1
+    header = bytearray(_HEADER_BYTES)
+    header[0], header[1], header[4] = _TABLE, 1, 1
     header[5] = ((_ONE_TABLE if axis is None else axis) << 4) | bits
     header[6] = longest
     return _Encoded(
-        indices=np.packbits(bitstream).tobytes(), header=bytes(header) + padded.tobytes(), bits=bits,
+        encoding="table", indices=np.packbits(bitstream).tobytes(), header=bytes(header) + padded.tobytes(), bits=bits,
         tables=len(tables),
     )  # fmt: skip
 
