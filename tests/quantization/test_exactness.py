@@ -14,7 +14,8 @@ from dwindle.lifting.constants import integer_sum
 from dwindle.lifting.flatbuffer import read_graph
 from dwindle.lifting.grids import Grid
 from dwindle.lifting.kernel_tables import ByTable, KernelTables
-from dwindle.quantization import SCHEMES
+from dwindle.measuring.litert import LiteRTRunner
+from dwindle.quantization import SCHEMES, calibrate, resolve_scheme, simulate, write_quantized
 from dwindle.quantization.writing import read_grids
 from dwindle.weights import quotient
 
@@ -96,6 +97,19 @@ def test_bilinear_resizing_is_the_kernels_own(before, after, tmp_path):
     model = keras.Model(inputs, keras.layers.Resizing(*after)(inputs))
     found = dw.export(model, tmp_path / "m.tflite", scheme="int8", data=x).verification
     assert found.quanta == 0.0, found
+
+
+@pytest.mark.parametrize(("shape", "axes"), [((7, 7, 96), (1, 2)), ((11, 13, 96), (1, 2)), ((8, 8, 96), 3)])
+def test_means_are_the_kernels_own_where_a_half_is_near(shape, axes):
+    generator = np.random.default_rng(0)
+    x = generator.gamma(2, 1.5, (500, *shape)).astype(np.float32) - 0.28
+    inputs = keras.Input(shape)
+    content = float_file(keras.Model(inputs, keras.ops.mean(inputs, axis=axes)))
+    scheme = resolve_scheme("int8")
+    ranges = calibrate(content, [x])
+    written = write_quantized(content, scheme, ranges)
+    got = simulate(content, scheme, ranges, name="m").predict(x, verbose=0)
+    np.testing.assert_array_equal(got, LiteRTRunner(written).predict([x])[0])
 
 
 def test_a_transposed_convolution_sums_integers(tmp_path):

@@ -277,10 +277,10 @@ class Builder:
             channels = operation.outputs[0].shape[-1]
             return {**fixed, "snap": channels, "source": (layer, operands[0].scale, grid.scale)}
         if operation.name == "MEAN":
-            count = np.prod([t.shape for t in operation.inputs[:1] if t is not None]) / np.prod(
-                operation.outputs[0].shape
-            )
-            return {"snap": 1, "source": ("", operands[0].scale / count, grid.scale)}
+            sizes = [
+                np.prod(tensor.shape) for tensor in (operation.inputs[0], operation.outputs[0]) if tensor is not None
+            ]
+            return {"mean_of": [int(sizes[0] // sizes[1]), operands[0].scale, operands[0].zero_point]}
         if operands[1] is not None and operation.name in ("MUL", "BATCH_MATMUL"):
             moving = [
                 operand.scale

@@ -250,6 +250,8 @@ class FakeQuantize(keras.layers.Layer):
             accumulator, which float arithmetic leaves by a hair. The steps, in quanta, are the variable ``step``, which
             `dwindle.lifting.lifted.LiftedModel.sync` sets.
         fixed_point: Whether its kernel then rounds twice: to ``1 / first_step`` of a quantum, then to whole ones.
+        mean_of: For means of stored integers: how many each is of, the scale and zero point of these. XNNPACK sums
+            integers as they are stored and takes the zero points off afterwards, in float32, which can tip a half.
         input_scale: Scale of the input where it lies on a grid already and is only moved to another. LiteRT's kernel
             does that with the ratio of the scales in steps of 1/256.
         in_training: Whether training rounds too. It does not at the probabilities that a model ends in: one that is
@@ -274,6 +276,7 @@ class FakeQuantize(keras.layers.Layer):
         rounding: str = "even",
         snap: int = 0,
         fixed_point: bool = False,
+        mean_of: Sequence[Any] | None = None,
         input_scale: float | None = None,
         in_training: bool = True,
         ranges: str = "fixed",
@@ -289,6 +292,7 @@ class FakeQuantize(keras.layers.Layer):
         self.rounding = rounding
         self.snap = snap
         self.fixed_point = fixed_point
+        self.mean_of = None if mean_of is None else list(mean_of)
         self.input_scale = input_scale
         self.in_training = in_training
         self.ranges = ranges
@@ -353,8 +357,18 @@ class FakeQuantize(keras.layers.Layer):
         if self.input_scale is not None and 1 / 256 <= ratio < 128 and self.bits == 8:
             moved = ops.round(values / self.input_scale) * (round(256 * ratio) / 256)
             steps = ops.floor(moved + 0.5) + self.zero_point
+        if self.mean_of is not None:
+            steps = self._of_mean(values)
         rounded = (ops.clip(steps, low, high) - self.zero_point) * self.scale
         return inside + ops.stop_gradient(rounded - inside)
+
+    def _of_mean(self, values: Any) -> Any:
+        """Return the stored integers of means, each step in float32 as the kernel takes it."""
+        count, scale, zero_point = self.mean_of or (1, 1.0, 0)
+        factor = np.float32(scale) / np.float32(self.scale) * (np.float32(1) / np.float32(count))
+        shift = np.float32(self.zero_point) - np.float32(zero_point * count) * factor
+        total = keras.ops.round(values * np.float32(count / scale)) + np.float32(zero_point * count)
+        return keras.ops.round(total * factor + shift)
 
     def _moving(self, values: Any, training: bool | None) -> Any:
         ops = keras.ops
@@ -390,9 +404,9 @@ class FakeQuantize(keras.layers.Layer):
         """Return the grid."""
         grid = {
             "scale": self.scale, "zero_point": self.zero_point, "bits": self.bits, "rounding": self.rounding,
-            "snap": self.snap, "fixed_point": self.fixed_point, "input_scale": self.input_scale,
-            "in_training": self.in_training, "ranges": self.ranges, "power_of_two": self.power_of_two,
-            "momentum": self.momentum,
+            "snap": self.snap, "fixed_point": self.fixed_point, "mean_of": self.mean_of,
+            "input_scale": self.input_scale, "in_training": self.in_training, "ranges": self.ranges,
+            "power_of_two": self.power_of_two, "momentum": self.momentum,
         }  # fmt: skip
         return {**super().get_config(), **grid}
 
