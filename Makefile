@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 WORKERS ?= 2
 
-.PHONY: help demo test lint format slow bench bench-applications bench-packing bench-quantization examples docs lock clean
+.PHONY: help demo test lint format slow bench bench-applications bench-distillation bench-packing bench-quantization examples docs lock clean
 
 help:
 	@echo "make demo      train LeNet-5 on MNIST digits and compress it (a few minutes)"
@@ -55,6 +55,11 @@ bench: $(READY)
 
 bench-applications: $(READY)
 	$(BIN)/python benchmarks/applications.py
+
+bench-distillation: $(READY)
+	$(BIN)/python benchmarks/distillation_steps.py
+	$(BIN)/python benchmarks/distillation_fashion.py --data $(FASHION)
+	$(BIN)/python benchmarks/distillation_mnist.py --data $(MNIST)
 
 # zstd and brotli take part where their packages are: pip install zstandard brotli.
 bench-packing: $(READY)

@@ -19,7 +19,14 @@ def test_training_techniques_on_other_backends(backend):
     if importlib.util.find_spec(backend) is None:
         pytest.skip(f"{backend} is not installed; pip install {backend} into .venv runs this")
     pruning = [f"pruning/test_{name}.py" for name in ("masks", "structures", "criteria")]
-    names = [*pruning, "test_distillation.py", "test_weights.py", "lifting/test_shared_constants.py"]
+    names = [
+        *pruning,
+        "test_distillation.py",
+        "distillation/test_objectives.py",
+        "distillation/test_coach.py",
+        "test_weights.py",
+        "lifting/test_shared_constants.py",
+    ]
     # Warnings are the backend's own; loops with a GradientTape need TensorFlow, and so does converting a class of a test.
     command = [sys.executable, "-m", "pytest", "-q", "-W", "ignore", "-p", "no:cacheprovider",
                "-k", "not custom_training_loop and not table", *(str(TESTS / name) for name in names)]  # fmt: skip

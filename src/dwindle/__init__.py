@@ -20,6 +20,7 @@ _NAMES: dict[str, str] = {
     "Data": "dwindle.data",
     "DataError": "dwindle.errors",
     "DwindleError": "dwindle.errors",
+    "Distilled": "dwindle.iterative_distillation",
     "Goals": "dwindle.compressing.goals",
     "Measurement": "dwindle.measuring",
     "MicroExport": "dwindle.micro",
@@ -35,6 +36,7 @@ _NAMES: dict[str, str] = {
     "blame": "dwindle.blaming",
     "compress": "dwindle.compressing.run",
     "distill": "dwindle.distillation",
+    "distill_until": "dwindle.iterative_distillation",
     "export": "dwindle.exporting",
     "export_micro": "dwindle.micro",
     "factorize": "dwindle.factorization",
@@ -49,6 +51,7 @@ _NAMES: dict[str, str] = {
     "prune_until": "dwindle.iterative_pruning",
     "quantize": "dwindle.quantization.training",
     "read_data": "dwindle.data",
+    "record": "dwindle.distillation",
     "sensitivity": "dwindle.layer_sensitivity",
     "shrink": "dwindle.shrinking",
 }
@@ -66,6 +69,7 @@ if TYPE_CHECKING:
     from dwindle.data import load_demo_data as load_demo_data
     from dwindle.data import read_data as read_data
     from dwindle.distillation import distill as distill
+    from dwindle.distillation import record as record
     from dwindle.errors import ConfigError as ConfigError
     from dwindle.errors import ConversionError as ConversionError
     from dwindle.errors import DataError as DataError
@@ -77,6 +81,8 @@ if TYPE_CHECKING:
     from dwindle.exporting import export as export
     from dwindle.factorization import factorize as factorize
     from dwindle.finalizing import finalize as finalize
+    from dwindle.iterative_distillation import Distilled as Distilled
+    from dwindle.iterative_distillation import distill_until as distill_until
     from dwindle.iterative_pruning import Pruned as Pruned
     from dwindle.iterative_pruning import prune_until as prune_until
     from dwindle.layer_sensitivity import Sensitivity as Sensitivity

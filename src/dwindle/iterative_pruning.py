@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import time
@@ -12,17 +11,22 @@ from pathlib import Path
 from typing import Any
 
 import keras
-import numpy as np
 
 from dwindle.attaching import attach, attached, effective_weights
-from dwindle.data import Data, Split, fit_to_model
-from dwindle.errors import ConfigError, DataError
+from dwindle.errors import ConfigError
 from dwindle.files import write_text
 from dwindle.loading import load
-from dwindle.measuring.accuracy import check_metric, evaluate, higher_is_better
-from dwindle.model_samples import fitted
 from dwindle.pruning.single_weights import prune_weights
 from dwindle.pruning.structures import Pattern, structure_of
+from dwindle.training_rounds import (
+    Requirement,
+    check_settings,
+    fit_arguments,
+    fresh_settings,
+    labelled_samples,
+    measured,
+    weights_hash,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -121,30 +125,27 @@ def prune_until(
         Han et al. 2015, Learning both Weights and Connections, arXiv 1506.02626, section 3.
     """
     settings = _Settings(start=start, step=step, stop=stop, refinements=refinements)
-    if (max_drop is None) == (at_least is None):
-        raise ConfigError("pass one of `max_drop`, such as 0.01, and `at_least`, such as 0.97")
     structure = pruning.get("structure", "element")
     if structure in ("channel", "depth") or isinstance(structure_of(structure), Pattern):
         raise ConfigError(f"`structure` is {structure!r}; pruning in rounds takes `element` and blocks (rows, columns)")
-    check_metric(metric)
-    samples = _samples(model, validation)
-    sign = 1.0 if higher_is_better(metric) else -1.0
-    baseline = _measured(model, samples, metric)
-    required = baseline - sign * max_drop if max_drop is not None else float(at_least or 0.0)
-    fingerprint = {**asdict(settings), "required": required, "weights": _fingerprint(model)}
+    requirement = Requirement(metric, max_drop, at_least)
+    samples = labelled_samples(model, validation)
+    baseline = measured(model, samples, metric)
+    required = requirement.value(baseline)
+    fingerprint = {**asdict(settings), "required": required, "weights": weights_hash(model)}
     store = _Store(
         folder, fingerprint | {name: str(pruning[name]) for name in ("structure", "scope") if name in pruning}
     )
     best, rounds = store.load(model)
-    settled = _settled(compile)
+    settled = fresh_settings(compile)
 
     while (sparsity := settings.next(rounds)) is not None:
         begun = time.perf_counter()
         tried = prune_weights(best, sparsity, **pruning)
         tried.compile(**settled())
-        tried.fit(*_training(model, train), **{"verbose": 0, **fit})
-        value = _measured(tried, samples, metric)
-        met = sign * (value - required) >= 0
+        tried.fit(*fit_arguments(model, train), **{"verbose": 0, **fit})
+        value = measured(tried, samples, metric)
+        met = requirement.met(value, required)
         rounds.append(Round(sparsity=sparsity, value=value, met=met, seconds=time.perf_counter() - begun))
         if met:
             best = tried
@@ -209,12 +210,7 @@ class _Store:
         if self.folder is None or not (self.folder / "rounds.json").exists():
             return model, []
         found = json.loads((self.folder / "rounds.json").read_text(encoding="utf8"))
-        for key, value in self.fingerprint.items():
-            if found["settings"].get(key) != value:
-                raise ConfigError(
-                    f"`folder` {self.folder} holds rounds with another {key}: {found['settings'].get(key)!r}, and here "
-                    f"it is {value!r}; go on with the settings that it was begun with, or choose another folder"
-                )
+        check_settings(self.folder, found["settings"], self.fingerprint)
         self.best = found["best"]
         rounds = [Round(**one) for one in found["rounds"]]
         return (model if self.best is None else load(self.folder / self.best)), rounds
@@ -232,52 +228,6 @@ class _Store:
         write_text(self.folder / "rounds.json", json.dumps(content, indent=2))
         if before is not None and before != self.best:
             (self.folder / before).unlink(missing_ok=True)
-
-
-def _fingerprint(model: keras.Model) -> str:
-    digest = hashlib.sha256()
-    for variable in model.weights:
-        digest.update(np.ascontiguousarray(keras.ops.convert_to_numpy(variable)).tobytes())
-    return digest.hexdigest()[:16]
-
-
-def _settled(given: Mapping[str, Any] | Callable[[], Mapping[str, Any]]) -> Callable[[], dict[str, Any]]:
-    """Return a function that makes fresh settings for ``compile``."""
-    if not isinstance(given, Mapping):
-        return lambda: dict(given())
-
-    def fresh(value: Any) -> Any:
-        if isinstance(value, keras.optimizers.Optimizer | keras.metrics.Metric):
-            return type(value).from_config(value.get_config())
-        return [fresh(one) for one in value] if isinstance(value, list | tuple) else value
-
-    return lambda: {name: fresh(value) for name, value in given.items()}
-
-
-def _training(model: keras.Model, train: Any) -> tuple[Any, ...]:
-    """Return the positional arguments of ``fit``."""
-    if isinstance(train, tuple):
-        return train
-    if isinstance(train, Data):
-        shapes = [tuple(tensor.shape[1:]) for tensor in model.inputs]
-        split = fit_to_model(train, shapes, None).train
-        if split is None:
-            raise DataError(f"data `{train.source}` has no training samples")
-        return (split.x[0] if len(split.x) == 1 else list(split.x), split.y)
-    return (train,)
-
-
-def _samples(model: keras.Model, validation: Any) -> Split:
-    found = fitted(model, validation)
-    split = found.val or found.test or found.train
-    if split is None or split.y is None:
-        raise DataError(f"data `{found.source}` has no labels, and `validation` needs them")
-    return split
-
-
-def _measured(model: keras.Model, split: Split, metric: Any) -> float:
-    outputs = model.predict(split.x[0] if len(split.x) == 1 else list(split.x), batch_size=256, verbose=0)
-    return float(evaluate(np.asarray(outputs), np.asarray(split.y), metric))
 
 
 def _zeros(model: keras.Model) -> float:
