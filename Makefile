@@ -12,7 +12,7 @@ help:
 	@echo "make test      the tests (under 20 minutes on two cores)"
 	@echo "make lint      ruff and mypy"
 	@echo "make slow      the long tests"
-	@echo "make examples  the three examples"
+	@echo "make examples  the examples"
 	@echo "make bench     the benchmarks that need no data; bench-applications and bench-quantization take an hour each"
 	@echo "make docs      build the documentation into site/"
 
@@ -45,6 +45,8 @@ examples: $(READY)
 	$(BIN)/python examples/prune_mnist.py
 	$(BIN)/python examples/distill_mnist.py
 	$(BIN)/python examples/quantize_mnist.py
+	$(BIN)/python examples/cluster_mnist.py
+	$(BIN)/python examples/micro_mnist.py
 
 # TFMOT names the Python of an environment with tensorflow-cpu==2.19.*, tf-keras==2.19.* and
 # tensorflow-model-optimization==0.8.*; MNIST and FASHION are mnist.npz and fashion_mnist.npz of keras.datasets.

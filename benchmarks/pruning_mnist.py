@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import time
+from pathlib import Path
 
 import keras
 import numpy as np
@@ -66,8 +67,15 @@ class Shifted(keras.utils.PyDataset):
         self.order = self.generator.permutation(len(self.x))
 
 
-def run(network: str, times: float, data: dict[str, np.ndarray], seed: int, epochs: tuple[int, int, int]) -> dict:
-    """Train, prune and train on; return what came out."""
+def run(
+    network: str,
+    times: float,
+    data: dict[str, np.ndarray],
+    seed: int,
+    epochs: tuple[int, int, int],
+    folder: Path | None,
+) -> dict:
+    """Train, prune and train on; return what came out, and keep the model where a folder is given."""
     keras.utils.set_random_seed(seed)
     begun = time.perf_counter()
     model = {"mlp": mlp, "conv": conv}[network]()
@@ -100,6 +108,9 @@ def run(network: str, times: float, data: dict[str, np.ndarray], seed: int, epoc
     model = dw.prune(dw.finalize(model), final, scope="global")
     fit(model, after)
     plain = dw.finalize(model)
+    if folder is not None:
+        folder.mkdir(parents=True, exist_ok=True)
+        plain.save(folder / f"{network}-{times:g}-{seed}.keras")
     kernels = [variable.numpy() for variable in plain.trainable_variables if len(variable.shape) > 1]
     kept = [int((kernel != 0).sum()) for kernel in kernels]
     biases = plain.count_params() - sum(kernel.size for kernel in kernels)
@@ -124,6 +135,7 @@ def main() -> None:
     parser.add_argument("--network", choices=sorted(RECIPES), nargs="+", default=sorted(RECIPES))
     parser.add_argument("--times", type=float, nargs="+", help="times fewer weights")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--out", type=Path, help="folder for the pruned models")
     parser.add_argument("--epochs", type=int, nargs=3, help="dense, while pruning, after")
     options = parser.parse_args()
     with np.load(options.data) as arrays:
@@ -135,7 +147,7 @@ def main() -> None:
         for wanted in options.times or [times]:
             results = []
             for seed in options.seeds:
-                results.append(run(network, wanted, data, seed, tuple(options.epochs or epochs)))
+                results.append(run(network, wanted, data, seed, tuple(options.epochs or epochs), options.out))
                 print(json.dumps(results[-1]), flush=True)
             errors = [result["error_percent"] for result in results]
             print(

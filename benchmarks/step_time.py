@@ -22,7 +22,10 @@ import numpy as np
 import dwindle as dw
 
 ROUNDS, STEPS, BATCH = 15, 80, 64
-TFMOT_RUNS = ("TFMOT, int8 in training", "TFMOT, pruned every 100 steps", "TFMOT, pruned every step")
+TFMOT_RUNS = (
+    "TFMOT, int8 in training", "TFMOT, pruned every 100 steps", "TFMOT, pruned every step",
+    "TFMOT, clustered, 16 values", "TFMOT, clustered, 64 values",
+)  # fmt: skip
 
 
 def mlp() -> keras.Model:
@@ -77,10 +80,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--tfmot")
     parser.add_argument("--only", help="part of the names of the techniques to time")
+    parser.add_argument("--model", choices=["MLP", "CNN"], help="one of the two models")
     options = parser.parse_args()
     generator = np.random.default_rng(0)
     y = generator.integers(0, 10, STEPS * BATCH)
     for name, build, shape in (("MLP", mlp, (784,)), ("CNN", cnn, (28, 28, 1))):
+        if options.model not in (None, name):
+            continue
         x = generator.random((STEPS * BATCH, *shape)).astype(np.float32)
         model = build()
         schedule = dw.PolynomialDecay(end=10_000, frequency=100)
@@ -93,6 +99,9 @@ def main() -> None:
             "pruned, masks every 100 steps": dw.prune(model, 0.8, schedule=schedule),
             "pruned, masks every step": dw.prune(model, 0.8, schedule=every),
             "pruned, masks as they are": dw.prune(model, 0.8),
+            "clustered, 16 values": dw.cluster(model, 16),
+            "clustered, 64 values": dw.cluster(model, 64),
+            "clustered, 256 values": dw.cluster(model, 256),
             "distilled from itself": dw.distill(build(), model),
         }
         wanted = options.only or ""

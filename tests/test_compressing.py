@@ -15,6 +15,7 @@ import dwindle as dw
 from dwindle.compressing.goals import Goals, parse_drop, parse_latency
 from dwindle.compressing.plans import Plan, read_plan
 from dwindle.compressing.steps import training_loss
+from dwindle.lifting.flatbuffer import read_graph
 from dwindle.units import parse_size
 
 
@@ -112,6 +113,8 @@ def test_without_labels_only_quantization_is_tried(trained, digits, tmp_path):
 @pytest.mark.parametrize("place", ["begins", "epoch 1/"])
 def test_an_interruption_that_a_callback_swallows_still_stops_the_search(place, trained, digits, tmp_path):
     (x, y), _ = digits
+    # A shell that runs the tests in the background has them ignore Ctrl-C.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     lines = []
 
     def say(line):
@@ -130,6 +133,27 @@ def test_an_interruption_that_a_callback_swallows_still_stops_the_search(place, 
     assert [trial["id"] for trial in result.report["trials"]] == ["000"]
     assert not any("epoch 2/" in line for line in lines)
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+@pytest.mark.parametrize(("steps", "reached"), [
+    ([{"prune": {"sparsity": 0.5, "structure": "channel"}}], lambda one, whole: one["parameters"] < whole / 2),
+    ([{"prune": {"sparsity": 0.5, "structure": [2, 4]}}, {"cluster": {"clusters": 8}}],
+     lambda one, whole: one["zeros"] >= 0.48 * whole),
+    ([{"factorize": {"energy": 0.8}}, {"quantize": {}}], lambda one, whole: one["parameters"] < whole),
+    ([{"shrink": {"width": 0.5, "start": "teacher"}}], lambda one, whole: one["parameters"] < whole / 2),
+])  # fmt: skip
+def test_every_technique_is_a_step_of_plans(steps, reached, trained, digits, tmp_path):
+    (x, y), _ = digits
+    plan = Plan.from_dict({"steps": [*steps, {"train": {"epochs": 1}}, {"export": {"scheme": "int8"}}]})
+    assert Plan.from_dict(plan.to_dict()) == plan
+    result = dw.compress(
+        trained, (x[:200], y[:200]), (x[200:300], y[200:300]), Goals(max_drop="90%"), tmp_path / "out", plan=plan
+    )  # fmt: skip
+    tensors = [
+        t.value for t in read_graph(result.file.read_bytes()).tensors if t.value is not None and t.value.ndim > 1
+    ]
+    one = {"parameters": sum(t.size for t in tensors), "zeros": sum(int((t == 0).sum()) for t in tensors)}
+    assert reached(one, trained.count_params())
 
 
 def test_a_regression_model_is_compressed_by_its_error(tmp_path):

@@ -36,7 +36,8 @@ def test_the_demo_meets_its_goals(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("example", "file"), [
-    ("prune_mnist.py", "pruned.tflite"), ("distill_mnist.py", "student_int8.tflite"), ("quantize_mnist.py", "int8_in_training.tflite")])  # fmt: skip
+    ("prune_mnist.py", "pruned.tflite"), ("distill_mnist.py", "student_int8.tflite"), ("quantize_mnist.py", "int8_in_training.tflite"),
+    ("cluster_mnist.py", "clustering_quantized.tflite")])  # fmt: skip
 def test_an_example_ends_in_a_measured_file(example, file):
     done = subprocess.run(
         [sys.executable, str(ROOT / "examples" / example)], capture_output=True, text=True, check=False

@@ -1,7 +1,7 @@
-"""Step times of TFMOT's quantization-aware training and pruning; run by the Python of TFMOT's own environment.
+"""Step times of TFMOT's quantization-aware training, pruning and clustering, run by the Python of its own environment.
 
-tfmot_steps.py NAME STEPS BATCH: for each line on standard input, trains plainly, quantized, and pruned with masks every
-100 steps and every step, and prints the times of a step in milliseconds.
+tfmot_steps.py NAME STEPS BATCH: for each line on standard input, trains plainly, quantized, pruned with masks every 100
+steps and every step, and clustered with 16 and 64 values, and prints the times of a step in milliseconds.
 """
 
 import os
@@ -51,6 +51,12 @@ def main():
         schedule = tfmot.sparsity.keras.PolynomialDecay(0.0, 0.8, 0, 10_000, frequency=frequency)
         pruned = tfmot.sparsity.keras.prune_low_magnitude(keras.models.clone_model(model), pruning_schedule=schedule)
         runs.append((pruned, [tfmot.sparsity.keras.UpdatePruningStep()]))
+    for clusters in (16, 64):
+        shared = tfmot.clustering.keras.cluster_weights(
+            keras.models.clone_model(model), number_of_clusters=clusters,
+            cluster_centroids_init=tfmot.clustering.keras.CentroidInitialization.KMEANS_PLUS_PLUS,
+        )  # fmt: skip
+        runs.append((shared, []))
     for each, callbacks in runs:
         each.compile("adam", "sparse_categorical_crossentropy")
         each.fit(x, y, batch_size=batch, verbose=0, callbacks=callbacks)

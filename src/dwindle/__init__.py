@@ -25,6 +25,7 @@ _NAMES: dict[str, str] = {
     "Measurement": "dwindle.measuring",
     "MicroExport": "dwindle.micro",
     "MissingDependencyError": "dwindle.errors",
+    "Packed": "dwindle.packing",
     "Plan": "dwindle.compressing.plans",
     "PolynomialDecay": "dwindle.pruning",
     "Pruned": "dwindle.iterative_pruning",
@@ -34,6 +35,7 @@ _NAMES: dict[str, str] = {
     "UnsupportedModelError": "dwindle.errors",
     "VerificationError": "dwindle.errors",
     "blame": "dwindle.blaming",
+    "cluster": "dwindle.clustering",
     "compress": "dwindle.compressing.run",
     "distill": "dwindle.distillation",
     "distill_until": "dwindle.iterative_distillation",
@@ -47,6 +49,7 @@ _NAMES: dict[str, str] = {
     "load": "dwindle.loading",
     "load_demo_data": "dwindle.data",
     "measure": "dwindle.measuring",
+    "pack": "dwindle.packing",
     "prune": "dwindle.pruning",
     "prune_until": "dwindle.iterative_pruning",
     "quantize": "dwindle.quantization.training",
@@ -54,6 +57,7 @@ _NAMES: dict[str, str] = {
     "record": "dwindle.distillation",
     "sensitivity": "dwindle.layer_sensitivity",
     "shrink": "dwindle.shrinking",
+    "unpack": "dwindle.packing",
 }
 
 __all__ = ["__version__", *sorted(_NAMES)]
@@ -61,6 +65,7 @@ __all__ = ["__version__", *sorted(_NAMES)]
 if TYPE_CHECKING:
     from dwindle.blaming import Blame as Blame
     from dwindle.blaming import blame as blame
+    from dwindle.clustering import cluster as cluster
     from dwindle.compressing.goals import Goals as Goals
     from dwindle.compressing.plans import Plan as Plan
     from dwindle.compressing.run import Result as Result
@@ -95,6 +100,9 @@ if TYPE_CHECKING:
     from dwindle.measuring import measure as measure
     from dwindle.micro import MicroExport as MicroExport
     from dwindle.micro import export_micro as export_micro
+    from dwindle.packing import Packed as Packed
+    from dwindle.packing import pack as pack
+    from dwindle.packing import unpack as unpack
     from dwindle.pruning import Constant as Constant
     from dwindle.pruning import PolynomialDecay as PolynomialDecay
     from dwindle.pruning import prune as prune

@@ -147,7 +147,8 @@ def attach(model: keras.Model, new: Mapping[tuple[str, str], Sequence[Transform]
         for key, transforms in wanted[path].items():
             kinds = {transform.kind for transform in transforms}
             kept = [transform for transform in merged.get(key, []) if transform.kind not in kinds]
-            merged[key] = sorted([*kept, *transforms], key=lambda transform: transform.order)
+            stack = sorted([*kept, *transforms], key=lambda transform: transform.order)
+            merged[key] = [transform.beside([t for t in stack if t is not transform]) for transform in stack]
         base = (
             entry["config"]["layer"]
             if path in present
@@ -166,7 +167,17 @@ def attach(model: keras.Model, new: Mapping[tuple[str, str], Sequence[Transform]
                 shape = tuple(int(size) for size in _raw_of(layer, key).shape)
                 for name, value in given.state(shape).items():
                     state[name].assign(value)
+        _refit(layer, key, {transform.kind for transform in transforms})
     return twin
+
+
+def _refit(layer: Any, key: str, new: set[str]) -> None:
+    """Tell the transforms that were there before of new ones in front of them."""
+    pairs = layer.transforms_and_states(key)
+    for transform, state in pairs:
+        if transform.kind not in new and any(t.kind in new and t.order < transform.order for t, _ in pairs):
+            others = [t for t, _ in pairs if t is not transform]
+            transform.refit(layer.effective_before(key, order=transform.order), state, others)
 
 
 def _raw_of(layer: Any, key: str) -> Any:

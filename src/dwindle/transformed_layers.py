@@ -214,8 +214,13 @@ def transformed_class(base: type, weights: tuple[str, ...]) -> type:
         if not takes_training:
             kwargs.pop("training", None)
         if training:
-            self._dwindle_step()
-        elif len(args) == 1 and not kwargs.keys() - {"training"}:
+            self.__dict__["_dwindle_training"] = True
+            try:
+                self._dwindle_step()
+                return base.call(self, *args, **kwargs)  # type: ignore[attr-defined]
+            finally:
+                self.__dict__["_dwindle_training"] = False
+        if len(args) == 1 and not kwargs.keys() - {"training"}:
             found = self._dwindle_on_integers(lambda value: base.call(self, value, **kwargs), args[0])  # type: ignore[attr-defined]
             if found is not None:
                 return found

@@ -32,6 +32,7 @@ TRANSFORM_KINDS: dict[str, str] = {
     "keep_zeros": "dwindle.weights:KeepZeros",
     "mask": "dwindle.pruning.masks:Mask",
     "proximal_l1": "dwindle.pruning.regularization:ProximalL1",
+    "shared": "dwindle.clustering.shared_values:SharedValues",
     "fake_quantize_bias": "dwindle.quantization.fake_quantization:FakeQuantizedBias",
     "fake_quantize": "dwindle.quantization.fake_quantization:FakeQuantizedWeight",
     "tied": "dwindle.lifting.shared_constants:TiedWeight",
@@ -72,6 +73,15 @@ class Transform:
     def prepare(self, raw: Any, state: Mapping[str, Any]) -> None:
         """Say what optimizers need to know of the raw variable or the state variables, once they are made."""
         del raw, state
+
+    def beside(self, others: Sequence[Transform]) -> Transform:
+        """Return the transform to use where ``others`` hang on the same weight."""
+        del others
+        return self
+
+    def refit(self, weight: np.ndarray, state: Mapping[str, Any], others: Sequence[Transform]) -> None:
+        """Bring the state up to date after another transform has changed what enters this one."""
+        del weight, state, others
 
     def apply(self, weight: Any, state: Mapping[str, Any], layer: Any) -> Any:
         """Return the transformed weight (same shape and dtype); ``layer`` is the layer that carries it."""

@@ -12,8 +12,10 @@ from dwindle.quantization.schemes import SCHEMES
 
 # Each step and the options that it takes, with their defaults. `dwindle.compressing.steps` does them.
 STEP_OPTIONS: dict[str, dict[str, Any]] = {
-    "shrink": {"width": 0.5},
-    "prune": {"sparsity": 0.8},
+    "shrink": {"width": 0.5, "depth": 1.0, "start": "random"},
+    "prune": {"sparsity": 0.8, "structure": "element"},
+    "factorize": {"energy": 0.9},
+    "cluster": {"clusters": 16, "init": "kmeans", "per_channel": False},
     "quantize": {"scheme": "int8"},
     "train": {"epochs": 1, "learning_rate": 1e-3, "temperature": 4.0, "alpha": 0.5},
     "export": {"scheme": "int8"},

@@ -10,10 +10,12 @@ from typing import Any
 import keras
 import numpy as np
 
+from dwindle.clustering import cluster
 from dwindle.data import Split
 from dwindle.distillation import distill, ends_in
 from dwindle.errors import ConfigError
 from dwindle.exporting import pack_inputs
+from dwindle.factorization import factorize
 from dwindle.interruption import Interruption, StopTraining
 from dwindle.pruning import PolynomialDecay, prune
 from dwindle.quantization import quantize
@@ -66,7 +68,19 @@ def run_steps(steps: Any, bench: Workbench) -> keras.Model:
 
 
 def _shrink(model: keras.Model, options: Mapping[str, Any], bench: Workbench) -> keras.Model:
-    return shrink(model, width=options["width"], seed=bench.seed)
+    return shrink(
+        model, width=options["width"], depth=options["depth"], start=options["start"], seed=bench.seed
+    )  # fmt: skip
+
+
+def _factorize(model: keras.Model, options: Mapping[str, Any], bench: Workbench) -> keras.Model:
+    del bench
+    return factorize(model, energy=options["energy"])
+
+
+def _cluster(model: keras.Model, options: Mapping[str, Any], bench: Workbench) -> keras.Model:
+    del bench
+    return cluster(model, options["clusters"], options["init"], options["per_channel"])
 
 
 def _quantize(model: keras.Model, options: Mapping[str, Any], bench: Workbench) -> keras.Model:
@@ -76,18 +90,24 @@ def _quantize(model: keras.Model, options: Mapping[str, Any], bench: Workbench) 
 def _prune(
     model: keras.Model, options: Mapping[str, Any], training: Mapping[str, Any] | None, bench: Workbench
 ) -> keras.Model:
+    structure = options["structure"]
+    structure = tuple(structure) if isinstance(structure, list) else structure
+    if structure in ("channel", "depth"):  # what is cut is gone at once
+        return prune(model, options["sparsity"], structure=structure)
     schedule = None
     if training is not None:
         steps = training["epochs"] * _steps_per_epoch(_need(bench))
         end = max(1, round(steps * PRUNING_SHARE))
         schedule = PolynomialDecay(end=end, frequency=max(1, end // 10))
-    return prune(model, options["sparsity"], schedule=schedule)
+    return prune(model, options["sparsity"], structure=structure, schedule=schedule)
 
 
 def _train(model: keras.Model, options: Mapping[str, Any], bench: Workbench) -> keras.Model:
     split = _need(bench)
     if model is bench.original:
-        raise ConfigError("a plan trains the model as it came; put `shrink`, `prune` or `quantize` before `train`")
+        raise ConfigError(
+            "a plan trains the model as it came; put a step such as `shrink`, `prune` or `quantize` before `train`"
+        )
     learner: keras.Model = model
     if bench.distills:
         learner = distill(model, bench.original, temperature=options["temperature"], alpha=options["alpha"])
@@ -103,6 +123,8 @@ def _train(model: keras.Model, options: Mapping[str, Any], bench: Workbench) -> 
 
 _STEPS: dict[str, Callable[[keras.Model, Mapping[str, Any], Workbench], keras.Model]] = {
     "shrink": _shrink,
+    "factorize": _factorize,
+    "cluster": _cluster,
     "quantize": _quantize,
     "train": _train,
 }

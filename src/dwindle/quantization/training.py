@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 import keras
 import numpy as np
 
+from dwindle.attaching import attach, attached
 from dwindle.errors import ConfigError, DataError, check_choice
 from dwindle.lifting.flatbuffer import read_graph
 from dwindle.lifting.lifted import LiftedModel, build_lifted
@@ -28,6 +29,7 @@ from dwindle.quantization.refining import (
 )
 from dwindle.quantization.schemes import Scheme, for_layers, resolve_scheme
 from dwindle.quantization.writing import read_grids, write_quantized
+from dwindle.weights import KeepZeros, Transform, model_slots
 
 CALIBRATION_SAMPLES = 512
 CLIPPINGS = ("none", "mse")
@@ -48,6 +50,7 @@ def quantize(
     budget: str | int | None = None,
     max_drop: str | float | None = None,
     keep_zeros: bool = True,
+    keep_values: bool = True,
     progress: Callable[[int, int], None] | None = None,
 ) -> LiftedModel:
     """Return a trainable twin of ``model`` that computes what its quantized file will compute.
@@ -80,6 +83,7 @@ def quantize(
             most 2,000), before ``clipping``, ``rounding`` and ``correct_bias``: the loss of accuracy where there are
             labels, else the share of samples whose class is not the float file's.
         keep_zeros: Whether zeros of a pruned weight stay zero in training.
+        keep_values: Whether the weights of a clustered layer go on sharing their values in training.
         progress: Called with ``(done, all)`` steps of calibration and of the budget's search.
 
     Returns:
@@ -132,7 +136,8 @@ def quantize(
     if found is not None and content != original:
         found = calibrate(content, samples, method=calibration, bits=bits)
     return simulate(
-        content, chosen, found, name=model.name, keep_zeros=keep_zeros, training_ranges=ranges, weight_bounds=bounds,
+        content, chosen, found, name=model.name, keep_zeros=keep_zeros, keep_values=keep_values,
+        clusters=_clusters(model), training_ranges=ranges, weight_bounds=bounds,
         notes=not_refined(read_graph(content), choices, rounding=rounding, clipping=clipping),
     )  # fmt: skip
 
@@ -156,14 +161,13 @@ def simulate(
     *,
     name: str,
     keep_zeros: bool = True,
+    keep_values: bool = True,
+    clusters: int = 0,
     training_ranges: str = "fixed",
     weight_bounds: Mapping[str, np.ndarray] | None = None,
     notes: Sequence[str] = (),
 ) -> LiftedModel:
     """Build the trainable model of the quantized file that ``scheme`` and ``ranges`` give for a float file."""
-    from dwindle.attaching import attach
-    from dwindle.weights import KeepZeros
-
     graph = read_graph(content)
     grids = read_grids(content, write_quantized(content, scheme, ranges, weight_bounds=weight_bounds))
     for operation, choice in zip(graph.operations, assign(graph, scheme), strict=True):
@@ -178,18 +182,45 @@ def simulate(
         content, grids=grids, name=name, quantization={"scheme": scheme.to_dict(), "ranges": stored},
         notes=[*widened(graph, scheme), *notes], ranges=training_ranges,
     )  # fmt: skip
-    if keep_zeros:
-        zeros = {}
-        for link in twin.links:
-            layer = twin.get_layer(link.layer)
-            if link.variable in layer.__dict__.get("_dwindle_transforms", {}):
-                value = layer.effective_before(link.variable, order=0)
-                # A few exact zeros happen by chance; a pruned weight has many, and not only zeros.
-                if 0.01 <= float((value == 0).mean()) < 1:
-                    zeros[link.layer, link.variable] = [KeepZeros(mask=(value != 0).astype(np.float32))]
-        if zeros:
-            twin = attach(twin, zeros)
-    return twin
+    held = kept_zeros(twin) if keep_zeros else {}
+    for key, shared in (kept_values(twin, clusters) if keep_values else {}).items():
+        held.setdefault(key, []).append(shared)
+    return cast(LiftedModel, attach(twin, held)) if held else twin
+
+
+def kept_zeros(twin: LiftedModel) -> dict[tuple[str, str], list[Transform]]:
+    """Return what holds the zeros of pruned weights: a few zeros come by chance, these have many and not only."""
+    found: dict[tuple[str, str], list[Transform]] = {}
+    for key, value in _rounded_weights(twin):
+        if 0.01 <= float((value == 0).mean()) < 1:
+            found[key] = [KeepZeros(mask=(value != 0).astype(np.float32))]
+    return found
+
+
+def kept_values(twin: LiftedModel, most: int) -> dict[tuple[str, str], Transform]:
+    """Return what holds the values of clustered weights together."""
+    from dwindle.clustering import held
+
+    slots = {(path, slot.key): slot for path, listed in model_slots(twin).items() for slot in listed}
+    found = (
+        (key, held(value, slots[key].channel_axes, most=most)) for key, value in _rounded_weights(twin) if key in slots
+    )
+    return {key: shared for key, shared in found if shared is not None}
+
+
+def _clusters(model: keras.Model) -> int:
+    """Return the values of the largest table that a model's weights share; 0 where they don't."""
+    transforms = [transform for stack in attached(model).values() for transform in stack] if model.layers else []
+    return max((getattr(transform, "clusters", 0) for transform in transforms), default=0)
+
+
+def _rounded_weights(twin: LiftedModel) -> Iterator[tuple[tuple[str, str], np.ndarray]]:
+    """Yield the weights that carry transforms of their own, as they come out of the float file."""
+    for link in twin.links:
+        layer = twin.get_layer(link.layer)
+        kinds = {transform.kind for transform in layer.__dict__.get("_dwindle_transforms", {}).get(link.variable, ())}
+        if kinds and "tied" not in kinds:
+            yield (link.layer, link.variable), layer.effective_before(link.variable, order=0)
 
 
 def input_shapes(model: keras.Model, content: bytes) -> list[tuple[int | None, ...]]:

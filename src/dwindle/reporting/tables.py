@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import PurePath
 from typing import Any
 
 from dwindle.reporting.numbers import format_bytes, format_metric, format_ms
@@ -67,18 +68,28 @@ def print_comparison(rows: Sequence[Mapping[str, Any]], console: Any = None) -> 
 
     table = Table(box=None, pad_edge=False)
     table.add_column("file", overflow="fold")
-    name = rows[0]["metric"]
+    name, files = rows[0]["metric"], _short([row["file"] for row in rows])
     for column in (name, "size", "smaller", "p50", "faster", "RAM", "same class", "largest difference"):
         table.add_column(column, justify="right", no_wrap=True)
-    for row in rows:
+    for row, file in zip(rows, files, strict=True):
         same, difference = row["same_class"], row["max_difference"]
         table.add_row(
-            escape(row["file"]), format_metric(row["accuracy"], name), format_bytes(row["size_bytes"]),
+            escape(file), format_metric(row["accuracy"], name), format_bytes(row["size_bytes"]),
             f"{row['times_smaller']:.2f}x", format_ms(row["latency_ms"]["p50"]), f"{row['times_faster']:.2f}x",
             format_bytes(row["ram_bytes"]), "–" if same is None else f"{same:.2%}",
             "–" if difference is None else f"{difference:.3g}",
         )  # fmt: skip
     (console or console_of()).print(table)
+
+
+def _short(files: Sequence[str]) -> list[str]:
+    """Return the shortest ends of paths that tell them apart."""
+    parts = [PurePath(file).parts for file in files]
+    for length in range(1, max(map(len, parts), default=1)):
+        ends = [str(PurePath(*part[-length:])) for part in parts]
+        if len(set(ends)) == len(set(files)):
+            return ends
+    return list(files)
 
 
 def print_inspection(rows: Sequence[Mapping[str, Any]], totals: Mapping[str, Any], console: Any = None) -> None:
