@@ -197,6 +197,28 @@ def test_convert_and_measure(run, place, scheme):
     assert measured["sha256"] == told["sha256"]
 
 
+def test_convert_for_a_microcontroller(run, place):
+    pytest.importorskip("tflite_micro")
+    told = ("convert", "{}/cnn.keras", "{}/device", "--target", "micro", "--data", "{}/digits.npz")
+    status, out, error = run(*told)
+    assert status == 0, error
+    assert "TensorFlow Lite Micro against" in out
+    assert "CONV_2D" in out
+    made = (place / "device" / "model.tflite").stat().st_size
+    assert f"a model of {made:,} bytes" in out
+    assert run(*told)[0] == 2  # it exists
+    status, out, _ = run("convert", "{}/device/model.tflite", "{}/again", "--target", "micro", "--json")
+    assert status == 0
+    assert json.loads(out)["size_bytes"] <= made
+    for more, message in ((("--budget", "5KB"), "--budget does not go with --target micro"),
+                          (("--scheme", "int4"), "`--scheme` is 'int4'")):  # fmt: skip
+        status, _, error = run(*told, *more)
+        assert (status, error.count("\n")) == (2, 1)
+        assert message in error
+    assert "writes a folder" in run("convert", "{}/cnn.keras", "{}/m.tflite", "--target", "micro")[2]
+    assert "add --target micro" in run("convert", "{}/cnn.keras", "{}/m.tflite", "--decode")[2]
+
+
 def test_convert_tflite_to_keras_and_back_is_the_same_model(run, place, digits):
     assert run("convert", "{}/cnn.tflite", "{}/lifted.keras")[0] == 0
     assert run("convert", "{}/lifted.keras", "{}/again.tflite")[0] == 0

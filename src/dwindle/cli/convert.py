@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import argparse
 import json
+from pathlib import Path
 from typing import Any
 
-from dwindle.cli.common import MET, data_options, fitted, progress, rescaling, start_keras
+from dwindle.cli.common import MET, check_exists, data_options, fitted, progress, rescaling, start_keras
 from dwindle.errors import ConfigError, check_choice
 
 SCHEME_NAMES = ("float32", "float16", "int8", "int8-dynamic", "int8-weights", "int16x8", "int4", "int4-dynamic",
@@ -22,7 +23,15 @@ def add(commands: Any) -> None:
     sub = commands.add_parser("convert", help="write a model as a verified .tflite or SavedModel folder")
     sub.set_defaults(run=_convert)
     sub.add_argument("model", metavar="MODEL", help=".keras, .h5, .tflite or a SavedModel folder")
-    sub.add_argument("out", metavar="OUT", help="the .tflite, .keras or SavedModel folder (no suffix) to write")
+    sub.add_argument("out", metavar="OUT", help="the .tflite, .keras or folder (no suffix) to write")
+    sub.add_argument(
+        "--target", choices=["litert", "micro"], default="litert",
+        help="what runs it; micro: OUT is a folder of C++ sources with the model, tried in TensorFlow Lite Micro",
+    )  # fmt: skip
+    sub.add_argument(
+        "--decode", action="store_true",
+        help="with --target micro: clustered and pruned weights in fewer bytes, which the device expands",
+    )  # fmt: skip
     sub.add_argument(
         "--scheme", help=f"{', '.join(SCHEME_NAMES)} (default float32); in a folder {', '.join(FOLDER_SCHEMES)}"
     )
@@ -51,6 +60,10 @@ def _convert(options: argparse.Namespace) -> int:
     from dwindle.files import check_output_file, check_output_folder, names_folder, save_keras
 
     folder = names_folder(options.out)
+    if options.target == "micro":
+        return _micro(options, folder=folder)
+    if options.decode:
+        raise ConfigError("--decode is for microcontrollers; add --target micro")
     out = check_output_folder(options.out) if folder else check_output_file(options.out, suffixes=(".tflite", ".keras"))
     if out.exists() and not options.force:
         raise ConfigError(f"`{out}` exists; write over it with --force, or name another")
@@ -98,6 +111,46 @@ def _convert(options: argparse.Namespace) -> int:
     if artefact.float_error is not None:
         print(f"largest difference from the model before rounding: {artefact.float_error:.3g}")
     for note in artefact.notes:
+        print(f"note: {note}")
+    return MET
+
+
+def _micro(options: argparse.Namespace, *, folder: bool) -> int:
+    """Write the sources for a microcontroller."""
+    refined = [name for name, usual in UNREFINED.items() if getattr(options, name) != usual]
+    other = {"--sparse": options.sparse, "--io-type": options.io_type != "float32", "--layer": bool(options.layer)}
+    wrong = [*(f"--{name.replace('_', '-')}" for name in refined), *(name for name, given in other.items() if given)]
+    if wrong:
+        raise ConfigError(f"{wrong[0]} does not go with --target micro; quantize to a .tflite first, and convert that")
+    if not folder:
+        raise ConfigError(f"OUT is `{options.out}`, and --target micro writes a folder; name one, without a suffix")
+    if options.scheme is not None:
+        check_choice("--scheme", options.scheme, ("int8", "int16x8", "float32"))
+    factor = rescaling(options.rescale)
+    check_exists(options.model)
+    start_keras()
+    from dwindle.data import read_data
+    from dwindle.loading import load
+    from dwindle.micro import export_micro
+    from dwindle.micro.exporting import check_folder
+
+    if check_folder(options.out).exists() and any(Path(options.out).iterdir()) and not options.force:
+        raise ConfigError(f"`{options.out}` exists; write over it with --force, or name another")
+    model: Any = Path(options.model)
+    if model.suffix.lower() == ".tflite" and options.scheme is None:
+        data = None if options.data is None else read_data(options.data, rescale=factor)
+    else:
+        model = load(options.model, trust=options.trust)
+        data = fitted(options, model, factor)
+    made = export_micro(model, options.out, data=data, scheme=options.scheme, decode=options.decode)
+    if options.json:
+        print(json.dumps(made.to_dict(), indent=2, default=str))
+        return MET
+    print(f"{made.folder}: a model of {made.size_bytes:,} bytes ({made.plain_bytes:,} before), main.cc, CMake, Arduino")
+    print(f"arena of {made.arena_bytes:,} bytes, operators {', '.join(made.operators)}")
+    for one in made.agreements:
+        print(f"TensorFlow Lite Micro against {one}")
+    for note in made.notes:
         print(f"note: {note}")
     return MET
 

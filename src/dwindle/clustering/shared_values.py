@@ -16,6 +16,8 @@ from dwindle.clustering.tables import Tables
 from dwindle.weights import Transform
 
 GRADIENTS = ("sum", "mean")
+#: Weights from which look-ups are compiled.
+COMPILED_FROM = 16384
 #: Kinds of transforms that hold zeros where they are.
 ZERO_KINDS = ("mask", "keep_zeros")
 
@@ -184,12 +186,12 @@ class SharedValues(Transform):
     def _shared(self, weight: Any, table: Any, numbers: Any, shares: Any) -> Any:
         """Return the values with their gradients: straight through for the weight, summed up for the table."""
         ops = keras.ops
-        look_up = compiled(self._looked_up)
+        look_up = compiled(self._looked_up, weight)
 
         def shared(weight: Any, table: Any) -> tuple[Any, Any]:
             def gradient(*args: Any, upstream: Any = None) -> Any:
                 slope = args[0] if upstream is None else upstream
-                return slope, compiled(self._gathered)(slope, weight, numbers) * shares
+                return slope, compiled(self._gathered, weight)(slope, weight, numbers) * shares
 
             return look_up(weight, table, numbers), gradient
 
@@ -218,7 +220,7 @@ class SharedValues(Transform):
         before = [ops.convert_to_tensor(state[name].value) for name in names]
         table, free = self._table(state), _read(ops.convert_to_tensor(state["free"]))
         due = ops.reshape(ops.equal(ops.mod(calls.value + 1, self.reassign), 0), ())
-        after = ops.cond(due, lambda: list(compiled(self._assigned)(weight, table, free)), lambda: before)
+        after = ops.cond(due, lambda: list(compiled(self._assigned, weight)(weight, table, free)), lambda: before)
         for name, value in zip(names, after, strict=True):
             state[name].assign(value)
         calls.assign(calls.value + 1)
@@ -260,7 +262,7 @@ class SharedValues(Transform):
         ops = keras.ops
         numbers, counts = (_read(ops.convert_to_tensor(state[name])) for name in ("numbers", "counts"))
         table = ops.stop_gradient(self._table(state))
-        return self.entropy * compiled(self._bits)(_read(ops.convert_to_tensor(weight)), table, numbers, counts)
+        return self.entropy * compiled(self._bits, weight)(_read(ops.convert_to_tensor(weight)), table, numbers, counts)
 
     def _bits(self, weight: Any, table: Any, numbers: Any, counts: Any) -> Any:
         """Return ``sum -log2 p(w)``: exact at the values, linear between two neighbours."""
@@ -303,12 +305,13 @@ def _read(value: Any) -> Any:
     return keras.ops.reshape(value, value.shape)
 
 
-def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Return the function fused into one kernel where TensorFlow builds a graph.
+def compiled(function: Callable[..., Any], weight: Any) -> Callable[..., Any]:
+    """Return the function fused into one kernel where TensorFlow builds a graph and the weight is large.
 
-    A look-up of single numbers takes TensorFlow's own kernel eight times as long as XLA's loop.
+    A look-up of single numbers takes TensorFlow's own kernel eight times as long as XLA's loop, which some tenths of a
+    second of compiling pay for in large weights only.
     """
-    if keras.backend.backend() != "tensorflow":
+    if keras.backend.backend() != "tensorflow" or math.prod(weight.shape) < COMPILED_FROM:
         return function
     import tensorflow as tf
 
