@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, ClassVar
@@ -221,9 +221,12 @@ class Mask(Transform):
             changed = {**before, **self._changed(weight, state, before), "changes": before["changes"] + 1}
             return [changed[name] for name in names]
 
-        after = ops.cond(due, change, lambda: [before[name] for name in names])
-        for name, value in zip(names, after, strict=True):
-            state[name].assign(value)
+        if keras.backend.backend() == "tensorflow":
+            _assign_where_due(due, change, [state[name] for name in names])
+        else:
+            after = ops.cond(due, change, lambda: [before[name] for name in names])
+            for name, value in zip(names, after, strict=True):
+                state[name].assign(value)
         calls.assign(calls.value + 1)
 
     def _changed(self, weight: Any, state: Mapping[str, Any], before: Mapping[str, Any]) -> dict[str, Any]:
@@ -340,6 +343,18 @@ class Mask(Transform):
             "rating": self.rating,
             "calls_per_step": self.calls_per_step,
         }
+
+
+def _assign_where_due(due: Any, change: Callable[[], list[Any]], variables: Sequence[Any]) -> None:
+    """Assign what ``change`` returns inside of the branch, so that a step in which nothing is due writes nothing."""
+    import tensorflow as tf
+
+    def assign() -> Any:
+        for variable, value in zip(variables, change(), strict=True):
+            variable.assign(value)
+        return tf.constant(0)
+
+    tf.cond(due, assign, lambda: tf.constant(0))
 
 
 def _read(value: Any) -> Any:
