@@ -197,6 +197,15 @@ def test_convert_and_measure(run, place, scheme):
     assert measured["sha256"] == told["sha256"]
 
 
+def test_plan_says_what_would_be_tried_and_tries_nothing(run, place):
+    before = listing(place)
+    status, out, _ = run("plan", "{}/cnn.keras", "--data", "{}/digits.npz", *GOAL)
+    assert status == 0
+    assert "[1] int8 after training: export scheme=int8" in out
+    assert "student" in out
+    assert listing(place) == before
+
+
 def test_convert_for_a_microcontroller(run, place):
     pytest.importorskip("tflite_micro")
     told = ("convert", "{}/cnn.keras", "{}/device", "--target", "micro", "--data", "{}/digits.npz")

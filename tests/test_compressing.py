@@ -156,6 +156,51 @@ def test_every_technique_is_a_step_of_plans(steps, reached, trained, digits, tmp
     assert reached(one, trained.count_params())
 
 
+def test_a_time_budget_ends_the_search_between_trials(trained, digits, tmp_path):
+    (x, y), _ = digits
+    result = dw.compress(
+        trained, (x[:200], y[:200]), (x[200:300], y[200:300]), Goals(max_drop="90%"), tmp_path / "out", budget=1e-6
+    )  # fmt: skip
+    states = [trial["status"] for trial in result.report["trials"]]
+    assert states[0] == "done"
+    assert set(states[1:]) == {"skipped"}
+    assert {trial["reason"] for trial in result.report["trials"][1:]} == {"the time budget is spent"}
+    assert not (tmp_path / "out" / "teacher").exists()
+    with pytest.raises(dw.ConfigError, match="`budget` is 'soon'; it must be a time above 0"):
+        dw.compress(trained, (x, y), goals=Goals(max_drop="1%"), out=tmp_path / "other", budget="soon")
+
+
+def test_a_loss_within_noise_is_called_so(trained, digits, tmp_path):
+    (x, y), _ = digits
+    plan = Plan(name="int8", steps=(("export", {"scheme": "int8"}),))
+    result = dw.compress(
+        trained, (x[:200], y[:200]), (x[200:230], y[200:230]), Goals(max_drop="1%"), tmp_path / "out", plan=plan
+    )  # fmt: skip
+    told = result.report["confidence"]
+    assert told["samples"] == 30
+    assert told["upper"] > 0.01 >= told["drop"]
+    (verdict,) = result.report["verdicts"]
+    assert verdict["within_noise"]
+    assert "with 95% confidence at most" in verdict["text"]
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert "All goals met, within the noise of 30 samples." in page
+
+
+def test_what_the_original_says_is_recorded_once_for_all_trials(trained, digits, tmp_path, monkeypatch):
+    from dwindle.distillation import recording
+
+    (x, y), _ = digits
+    written = []
+    real = recording._write
+    monkeypatch.setattr(recording, "_write", lambda *args: (written.append(1), real(*args)))
+    steps = ({"shrink": {"width": 0.5}}, {"train": {"epochs": 1}}, {"quantize": {}}, {"train": {"epochs": 1}})
+    plan = Plan.from_dict({"steps": [*steps, {"export": {"scheme": "int8"}}]})
+    dw.compress(
+        trained, (x[:200], y[:200]), (x[200:300], y[200:300]), Goals(max_drop="90%"), tmp_path / "out", plan=plan
+    )
+    assert written == [1]
+
+
 def test_a_regression_model_is_compressed_by_its_error(tmp_path):
     generator = np.random.default_rng(0)
     x = generator.normal(size=(400, 8)).astype(np.float32)

@@ -16,6 +16,7 @@ from dwindle.lifting.flatbuffer import check_structure
 from dwindle.measuring import LiteRTRunner, Measurement, compare, compare_latency, evaluate, higher_is_better
 from dwindle.measuring.accuracy import accuracy
 from dwindle.measuring.litert import TensorSpec, dequantize, quantize
+from dwindle.measuring.paired import paired_drop
 
 
 @pytest.fixture(scope="module")
@@ -24,6 +25,28 @@ def files(tmp_path_factory, trained, digits):
     for scheme in ("float32", "float16", "int8", "int8-dynamic"):
         dw.export(trained, folder / f"{scheme}.tflite", scheme=scheme, data=digits[0][0][:100])
     return folder
+
+
+def test_a_paired_loss_is_bounded_as_by_hand():
+    y = np.array([0, 1, 0, 1, 0, 1, 0, 1])
+    before = np.array([0.1, 0.9, 0.2, 0.8, 0.1, 0.9, 0.7, 0.1])[:, None]  # wrong in the last two
+    after = np.array([0.9, 0.1, 0.2, 0.8, 0.1, 0.9, 0.3, 0.2])[:, None]  # wrong in the first two and the last
+    found = paired_drop(before, after, y)
+    assert (found.samples, found.only_before, found.only_after, found.drop) == (8, 2, 1, 1 / 8)
+    # b = 2.5, c = 1.5, n = 10: (1 + 1.6449 sqrt(4 - 0.1)) / 10
+    assert found.upper == pytest.approx(0.1 + 0.16448536 * np.sqrt(3.9), rel=1e-6)
+
+
+def test_the_bound_of_a_paired_loss_holds_in_95_of_100_draws():
+    generator = np.random.default_rng(0)
+    both, only_before, only_after = 0.95, 0.02, 0.01  # of all samples
+    held = []
+    for _ in range(2000):
+        cell = generator.choice(4, 1000, p=[both, only_before, only_after, 1 - both - only_before - only_after])
+        before, after = np.isin(cell, (0, 1)), np.isin(cell, (0, 2))
+        found = paired_drop(before[:, None].astype(float), after[:, None].astype(float), np.ones(1000, int))
+        held.append(found.upper >= only_before - only_after)
+    assert 0.93 < np.mean(held) < 0.97
 
 
 def test_accuracy_by_hand():

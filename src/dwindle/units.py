@@ -51,3 +51,16 @@ def number_in(text: str) -> float | None:
         return float(text)
     except ValueError:
         return None
+
+
+def parse_duration(value: str | float, name: str) -> float:
+    """Return seconds, from a number of them or ``"90s"``, ``"20m"``, ``"1.5h"``.
+
+    Raises:
+        ConfigError: If it is no time above 0.
+    """
+    found = re.fullmatch(r"\s*([0-9.eE+-]+)\s*(s|m|min|h)?\s*", str(value))
+    number = number_in(found.group(1)) if found else None
+    if found is None or number is None or not 0 < number < float("inf"):
+        raise ConfigError(f"`{name}` is {value!r}; it must be a time above 0, such as 90s, 20m or 1h")
+    return float(number) * {"s": 1, "m": 60, "min": 60, "h": 3600}[found.group(2) or "s"]

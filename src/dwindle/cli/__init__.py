@@ -53,6 +53,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"dwindle {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     compress.add(commands)
+    compress.add_plan(commands)
     convert.add(commands)
     measure.add(commands)
     measure.add_compare(commands)

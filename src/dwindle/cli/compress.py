@@ -22,6 +22,18 @@ def add(commands: Any) -> None:
     """Add ``compress``."""
     sub = commands.add_parser("compress", help="find the smallest file that meets goals")
     sub.set_defaults(run=_compress)
+    _options(sub)
+    sub.add_argument("--dry-run", action="store_true", help="check everything and say what would be tried")
+
+
+def add_plan(commands: Any) -> None:
+    """Add ``plan``."""
+    sub = commands.add_parser("plan", help="say what compress would try, and try nothing")
+    sub.set_defaults(run=_compress, dry_run=True)
+    _options(sub)
+
+
+def _options(sub: Any) -> None:
     sub.add_argument("model", metavar="MODEL", help=".keras, .h5, .tflite or a SavedModel folder")
     data_options(sub, required=True)
     sub.add_argument("--max-drop", metavar="DROP", help="largest loss of the metric, such as 0.5%% or 0.005")
@@ -34,7 +46,7 @@ def add(commands: Any) -> None:
     sub.add_argument("--metric", default="accuracy", help="accuracy or another Keras metric (default accuracy)")
     sub.add_argument("--epochs", type=int, default=20, help="epochs of a student's training (default 20)")
     sub.add_argument("--plan", metavar="FILE", help="run the plan in this YAML file instead of the search")
-    sub.add_argument("--dry-run", action="store_true", help="check everything and say what would be tried")
+    sub.add_argument("--budget", metavar="TIME", help="begin no further trial after this long, such as 20m")
     run_options(sub, "dwindle-out")
 
 
@@ -42,11 +54,15 @@ def _compress(options: argparse.Namespace) -> int:
     from dwindle.compressing.goals import Goals
     from dwindle.compressing.plans import read_plan
     from dwindle.compressing.store import check_out_folder
+    from dwindle.units import parse_duration
 
     goals = Goals(
         max_drop=options.max_drop, max_size=options.max_size, max_latency=options.max_latency, max_ram=options.max_ram
     )
-    check_out_folder(options.out, resume=options.resume, force=options.force)
+    if options.budget is not None:
+        parse_duration(options.budget, "--budget")
+    if options.command == "compress":
+        check_out_folder(options.out, resume=options.resume, force=options.force)
     plan = read_plan(options.plan) if options.plan else None
     factor = rescaling(options.rescale)
     from dwindle.data import read_data
@@ -62,8 +78,8 @@ def _compress(options: argparse.Namespace) -> int:
 
     result = compress(
         model, goals=goals, out=options.out, data=data, metric=options.metric, epochs=options.epochs,
-        seed=options.seed, threads=options.threads, plan=plan, resume=options.resume, force=options.force, say=say,
-        source=str(options.model), command=command_line(),
+        seed=options.seed, threads=options.threads, plan=plan, budget=options.budget, resume=options.resume,
+        force=options.force, say=say, source=str(options.model), command=command_line(),
     )  # fmt: skip
     return show(result, options)
 

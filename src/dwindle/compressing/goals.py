@@ -90,19 +90,26 @@ class Goals:
                 raise ConfigError(f"goal `{key}` is not known; known are {', '.join(known)}{did_you_mean(key, known)}")
         return cls(**data)
 
-    def judge(self, baseline: Mapping[str, Any], trial: Mapping[str, Any], higher_is_better: bool) -> list[Verdict]:
+    def judge(
+        self,
+        baseline: Mapping[str, Any],
+        trial: Mapping[str, Any],
+        higher_is_better: bool,
+        upper_drop: float | None = None,
+    ) -> list[Verdict]:
         """Compare a trial's measured figures with each goal.
 
         Args:
             baseline: The original's figures: ``accuracy``, ``latency_ms`` ...
             trial: The same of the file in question.
             higher_is_better: Whether the metric is better when higher.
+            upper_drop: What the loss is at most with 95% confidence, where that is known.
         """
         verdicts = []
         if self.max_drop is not None and trial.get("accuracy") is not None and baseline.get("accuracy") is not None:
             drop = baseline["accuracy"] - trial["accuracy"]
             drop = drop if higher_is_better else -drop
-            verdicts.append(Verdict.of("max_drop", float(self.max_drop), drop, "points"))
+            verdicts.append(Verdict.of("max_drop", float(self.max_drop), drop, "points", upper_drop))
         if self.max_size is not None:
             verdicts.append(Verdict.of("max_size", float(self.max_size), float(trial["size_bytes"]), "bytes"))
         if self.max_latency_ms is not None:
@@ -125,6 +132,7 @@ class Verdict:
         value: What was measured.
         unit: ``points`` (of the metric), ``bytes``, ``ms`` or ``times the original``.
         met: Whether the value is within the limit.
+        upper: What the value is at most with 95% confidence, where samples are few enough to matter; else None.
     """
 
     goal: str
@@ -132,11 +140,17 @@ class Verdict:
     value: float
     unit: str
     met: bool
+    upper: float | None = None
 
     @classmethod
-    def of(cls, goal: str, limit: float, value: float, unit: str) -> Verdict:
+    def of(cls, goal: str, limit: float, value: float, unit: str, upper: float | None = None) -> Verdict:
         """Make the verdict; a drop may exceed its limit by rounding only."""
-        return cls(goal=goal, limit=limit, value=value, unit=unit, met=value <= limit + 1e-9)
+        return cls(goal=goal, limit=limit, value=value, unit=unit, met=value <= limit + 1e-9, upper=upper)
+
+    @property
+    def within_noise(self) -> bool:
+        """Whether the limit is kept as measured, and more samples might show that it is not."""
+        return self.met and self.upper is not None and self.upper > self.limit
 
     @property
     def excess(self) -> float:
@@ -150,7 +164,8 @@ class Verdict:
         """Say it in words."""
         if self.unit == "points":
             change = f"loss of {100 * self.value:.2f}" if self.value >= 0 else f"gain of {-100 * self.value:.2f}"
-            return f"{change} points, at most {100 * self.limit:.2f} lost"
+            sure = "" if self.upper is None else f" (with 95% confidence at most {100 * self.upper:.2f})"
+            return f"{change} points{sure}, at most {100 * self.limit:.2f} lost"
         if self.unit == "bytes":
             what = "RAM" if self.goal == "max_ram" else "size"
             return f"{what} {self.value / 1000:,.1f} KB, at most {self.limit / 1000:,.1f} KB"
@@ -160,4 +175,4 @@ class Verdict:
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain data, the words included."""
-        return {**asdict(self), "text": self.text}
+        return {**asdict(self), "within_noise": self.within_noise, "text": self.text}

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import keras
+import numpy as np
 
 import dwindle
 from dwindle.compressing.goals import Goals, Verdict
@@ -33,8 +34,10 @@ from dwindle.measuring import (
     inspect_file,
     measure,
 )
+from dwindle.measuring.paired import PairedDrop, paired_drop
 from dwindle.quantization.schemes import resolve_scheme
 from dwindle.reporting import write_report
+from dwindle.units import parse_duration
 from dwindle.weights import is_graph
 
 
@@ -71,6 +74,7 @@ def compress(
     seed: int = 0,
     threads: int = 1,
     plan: Plan | None = None,
+    budget: float | str | None = None,
     resume: bool = False,
     force: bool = False,
     say: Say | None = None,
@@ -96,6 +100,7 @@ def compress(
         seed: Fixes the result on one machine.
         threads: Threads of the latency measurement.
         plan: Run this plan alone instead of the search.
+        budget: Time after which no further trial begins: seconds, ``"20m"`` or ``"1h"``. What runs then is finished.
         resume: Go on with the run in ``out``.
         force: Write over the run in ``out``.
         say: Called with progress lines; nothing is printed otherwise.
@@ -116,6 +121,7 @@ def compress(
         raise ConfigError("`goals` is None; pass dw.Goals(max_drop=0.01, max_size='100KB') or the like")
     if epochs < 1:
         raise ConfigError(f"`epochs` is {epochs}; it must be at least 1")
+    seconds = None if budget is None else parse_duration(budget, "budget")
     check_metric(metric)
     check_out_folder(out, resume=resume, force=force)
     say = say or _silent
@@ -129,11 +135,15 @@ def compress(
     teaches = len(model.outputs) == 1 and len(model.outputs[0].shape) == 2 and int(model.outputs[0].shape[1] or 0) > 1
     loss = training_loss(model, None if fitted.train is None else fitted.train.y)
     search = Search(
-        bench=Workbench(original=model, train=fitted.train, loss=loss, distills=teaches, seed=seed, say=say),
+        bench=Workbench(original=model, train=fitted.train, loss=loss, distills=teaches, seed=seed, say=say,
+                        folder=store.teacher),
         data=fitted, goals=goals, store=store, metric=metric, epochs=epochs, threads=threads, plan=plan, say=say,
+        deadline=None if seconds is None else begun + seconds,
     )  # fmt: skip
     search.bench = _with_current(search, say)
     interrupted = _run(search)
+    if not interrupted:
+        store.tidy()
     facts = {"source": source or model.name, "command": command or _call(goals, out, seed), "seed": seed,
              "seconds": round(time.monotonic() - begun, 1), "interrupted": interrupted, "threads": threads}  # fmt: skip
     return _conclude(search, facts)
@@ -198,7 +208,10 @@ def _conclude(search: Search, facts: Mapping[str, Any]) -> Result:
     verdicts: list[Verdict] = []
     if chosen is not None:
         baseline, result, verification = _judge(search, chosen)
-        verdicts = search.goals.judge(baseline, result, higher_is_better(search.metric))
+        sure = _confidence(search, chosen)
+        upper = None if sure is None else sure.upper
+        verdicts = search.goals.judge(baseline, result, higher_is_better(search.metric), upper)
+        report["confidence"] = None if sure is None else sure.to_dict()
         search.store.publish(chosen["id"])
         result["file"] = "model.tflite"
         folder = search.store.folder
@@ -232,6 +245,16 @@ def _judge(search: Search, chosen: Mapping[str, Any]) -> tuple[dict[str, Any], d
     if verification is not None:
         judged[1]["verification"] = verification
     return judged[0], judged[1], verification
+
+
+def _confidence(search: Search, chosen: Mapping[str, Any]) -> PairedDrop | None:
+    """Return how sure the loss of accuracy is, on the samples that judge; None for other metrics or without labels."""
+    split = search.data.test or search.data.val or search.data.train
+    if search.metric != "accuracy" or split is None or split.y is None:
+        return None
+    files = [search.store.folder / trial["file"] for trial in (search.trials[0], chosen)]
+    before, after = (LiteRTRunner(file).predict(list(split.x))[0] for file in files)
+    return paired_drop(before, after, np.asarray(split.y))
 
 
 def _verify(chosen: Mapping[str, Any], file: Path, split: Split | None) -> dict[str, Any] | None:

@@ -44,6 +44,7 @@ class Search:
         threads: Threads of the latency measurement.
         plan: The only plan to run, or None for the search.
         say: Called with progress lines.
+        deadline: The `time.monotonic` after which no further trial begins; None: there is none.
         trials: Records of what was tried, the original first.
     """
 
@@ -56,6 +57,7 @@ class Search:
     threads: int
     plan: Plan | None
     say: Say
+    deadline: float | None = None
     trials: list[dict[str, Any]] = field(default_factory=list)
     current: str = ""
 
@@ -89,11 +91,16 @@ class Search:
     def _students(self) -> None:
         misses = 0
         for width in candidates.student_widths(self.bench.original, self.goals, self.say):
+            if self._late():
+                return
             record = self._try(candidates.student(width, self.epochs))
             # Narrower ones are cheaper but less accurate: after two that are too inaccurate in a row it is over.
             misses = misses + 1 if self._too_inaccurate(record) else 0
             if misses == 2:
                 return
+
+    def _late(self) -> bool:
+        return self.deadline is not None and time.monotonic() > self.deadline
 
     def _too_inaccurate(self, record: Mapping[str, Any]) -> bool:
         if record["status"] != "done":
@@ -119,10 +126,11 @@ class Search:
             return min(meeting, key=lambda t: (t["size_bytes"], t["latency_ms"]["p50"]))
         return min(done, key=lambda t: sum(v.excess for v in self.verdicts(t)), default=None)
 
-    def _skip(self, plan: Plan, reason: str) -> None:
+    def _skip(self, plan: Plan, reason: str) -> dict[str, Any]:
         number = len(self.trials)
         self.trials.append(_record(number, plan, status="skipped", reason=reason))
         self.say(f"[{number}] {plan.name}: skipped, {reason}")
+        return self.trials[-1]
 
     def _try(self, plan: Plan) -> dict[str, Any]:
         self.bench.interruption.check()
@@ -134,6 +142,8 @@ class Search:
             before["meets"] = self.meets(before)  # the goals may be others than in the earlier run
             self.say(f"{self.current}: done before")
             return before
+        if number > 0 and self.plan is None and self._late():
+            return self._skip(plan, "the time budget is spent")
         self.say(f"{self.current}: begins")
         begun = time.monotonic()
         working = self.store.begin(number)

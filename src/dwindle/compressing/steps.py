@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import keras
@@ -12,7 +13,7 @@ import numpy as np
 
 from dwindle.clustering import cluster
 from dwindle.data import Split
-from dwindle.distillation import distill, ends_in
+from dwindle.distillation import distill, ends_in, record
 from dwindle.errors import ConfigError
 from dwindle.exporting import pack_inputs
 from dwindle.factorization import factorize
@@ -40,6 +41,8 @@ class Workbench:
         seed: Seeds weights and the order of samples.
         say: Called with progress, one line.
         interruption: Asked at each step and batch.
+        folder: Where what the original says of the training samples is recorded, once for all trials; None: it is asked
+            in every step.
     """
 
     original: keras.Model
@@ -49,6 +52,7 @@ class Workbench:
     seed: int
     say: Say
     interruption: Interruption = field(default_factory=Interruption)
+    folder: Path | None = None
 
 
 def run_steps(steps: Any, bench: Workbench) -> keras.Model:
@@ -108,14 +112,17 @@ def _train(model: keras.Model, options: Mapping[str, Any], bench: Workbench) -> 
         raise ConfigError(
             "a plan trains the model as it came; put a step such as `shrink`, `prune` or `quantize` before `train`"
         )
-    learner: keras.Model = model
+    learner, x = model, pack_inputs(model, split.x)
     if bench.distills:
-        learner = distill(model, bench.original, temperature=options["temperature"], alpha=options["alpha"])
+        teacher = (
+            bench.original if bench.folder is None else record(bench.original, x, bench.folder, progress=bench.say)
+        )
+        learner = distill(model, teacher, temperature=options["temperature"], alpha=options["alpha"])
     steps = options["epochs"] * _steps_per_epoch(split)
     rate = keras.optimizers.schedules.CosineDecay(options["learning_rate"], decay_steps=max(1, steps))
     learner.compile(keras.optimizers.Adam(rate), loss=bench.loss)
     learner.fit(
-        pack_inputs(model, split.x), split.y, batch_size=BATCH_SIZE, epochs=options["epochs"], verbose=0,
+        x, split.y, batch_size=BATCH_SIZE, epochs=options["epochs"], verbose=0,
         callbacks=[_Progress(bench.say, options["epochs"]), StopTraining(bench.interruption)],
     )  # fmt: skip
     return model

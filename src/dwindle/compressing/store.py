@@ -48,7 +48,7 @@ class Store:
                         "resume it with what it was begun with, or choose another folder"
                     )
         elif self._mark.exists():
-            for name in ("trials", "model.tflite", "model.keras", "report.html", "report.json", "plan.yaml"):
+            for name in ("trials", "teacher", "model.tflite", "model.keras", "report.html", "report.json", "plan.yaml"):
                 _remove(self.folder / name)
         try:
             (self.folder / "trials").mkdir(parents=True, exist_ok=True)
@@ -57,6 +57,15 @@ class Store:
         for leftover in (self.folder / "trials").glob(".*"):
             _remove(leftover)
         write_text(self._mark, json.dumps(dict(fingerprint), indent=2))
+
+    @property
+    def teacher(self) -> Path:
+        """The folder for what the original says of the training samples."""
+        return self.folder / "teacher"
+
+    def tidy(self) -> None:
+        """Remove what only trials in progress need."""
+        _remove(self.teacher)
 
     def begin(self, number: int) -> Path:
         """Return an empty folder for the files of a trial in progress."""

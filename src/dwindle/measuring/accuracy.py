@@ -16,6 +16,14 @@ _LOWER = ("error", "loss", "crossentropy", "hinge", "divergence", "mse", "mae", 
 def accuracy(outputs: np.ndarray, y: np.ndarray) -> float:
     """Return the fraction of samples whose class is right.
 
+    See `right` for the arguments and errors.
+    """
+    return float(right(outputs, y).mean())
+
+
+def right(outputs: np.ndarray, y: np.ndarray) -> np.ndarray:
+    """Return for each sample whether its class is right.
+
     Args:
         outputs: ``(n, classes)``: the largest is the class; ``(n,)`` or ``(n, 1)``: class 1 from 0.5 on.
         y: Integer labels ``(n,)``, or one-hot ``(n, classes)``.
@@ -33,7 +41,7 @@ def accuracy(outputs: np.ndarray, y: np.ndarray) -> float:
         raise DataError(f"there are {len(found)} outputs and {len(labels)} labels; they must be as many")
     if labels.dtype.kind == "f" and not np.array_equal(labels, np.rint(labels)):
         raise DataError("the labels are not whole numbers, so there is no accuracy; choose a metric such as `mae`")
-    return float((found == labels).mean())
+    return np.asarray(found == labels)
 
 
 def evaluate(outputs: np.ndarray, y: np.ndarray, metric: Any = "accuracy") -> float:

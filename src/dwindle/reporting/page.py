@@ -32,7 +32,9 @@ def verdict_line(report: Mapping[str, Any]) -> str:
         return "Interrupted: this is the best so far. Go on with --resume."
     missed = [verdict for verdict in report.get("verdicts") or [] if not verdict["met"]]
     if report.get("met"):
-        return "All goals met."
+        noisy = any(verdict.get("within_noise") for verdict in report.get("verdicts") or [])
+        samples = (report.get("confidence") or {}).get("samples", 0)
+        return f"All goals met, within the noise of {samples:,} samples." if noisy else "All goals met."
     if not missed:
         return "The goals are not met."
     return (
