@@ -42,7 +42,10 @@ def _options(sub: Any) -> None:
         "--max-latency", metavar="TIME", help="largest median latency, such as 2ms, or 0.5x of the original's"
     )
     sub.add_argument("--max-ram", metavar="SIZE", help="largest RAM while it runs, such as 64KB")
-    sub.add_argument("--target", choices=["litert"], default="litert", help="what the file runs on (default litert)")
+    sub.add_argument(
+        "--target", default="litert",
+        help="what runs the file: litert (the default), micro, a board such as cortex-m4-256k, or a .yaml file",
+    )  # fmt: skip
     sub.add_argument("--metric", default="accuracy", help="accuracy or another Keras metric (default accuracy)")
     sub.add_argument("--epochs", type=int, default=20, help="epochs of a student's training (default 20)")
     sub.add_argument("--plan", metavar="FILE", help="run the plan in this YAML file instead of the search")
@@ -54,11 +57,14 @@ def _compress(options: argparse.Namespace) -> int:
     from dwindle.compressing.goals import Goals
     from dwindle.compressing.plans import read_plan
     from dwindle.compressing.store import check_out_folder
+    from dwindle.targets import read_target
     from dwindle.units import parse_duration
 
+    device = read_target(options.target)
     goals = Goals(
-        max_drop=options.max_drop, max_size=options.max_size, max_latency=options.max_latency, max_ram=options.max_ram
-    )
+        max_drop=options.max_drop, max_size=options.max_size or device.max_size, max_latency=options.max_latency,
+        max_ram=options.max_ram or device.max_ram,
+    )  # fmt: skip
     if options.budget is not None:
         parse_duration(options.budget, "--budget")
     if options.command == "compress":
@@ -77,9 +83,9 @@ def _compress(options: argparse.Namespace) -> int:
     from dwindle.compressing import compress
 
     result = compress(
-        model, goals=goals, out=options.out, data=data, metric=options.metric, epochs=options.epochs,
-        seed=options.seed, threads=options.threads, plan=plan, budget=options.budget, resume=options.resume,
-        force=options.force, say=say, source=str(options.model), command=command_line(),
+        model, goals=goals, out=options.out, data=data, target=device, metric=options.metric,
+        epochs=options.epochs, seed=options.seed, threads=options.threads, plan=plan, budget=options.budget,
+        resume=options.resume, force=options.force, say=say, source=str(options.model), command=command_line(),
     )  # fmt: skip
     return show(result, options)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from dwindle.errors import ConfigError, did_you_mean
@@ -62,6 +62,10 @@ class Goals:
                 object.__setattr__(self, name, parse_size(getattr(self, name), name))
         if self.max_latency is not None:
             parse_latency(self.max_latency)
+
+    def on(self, *, max_size: int | None, max_ram: int | None) -> Goals:
+        """Return the goals with a device's sizes where the user sets none."""
+        return replace(self, max_size=self.max_size or max_size, max_ram=self.max_ram or max_ram)
 
     @property
     def max_latency_ms(self) -> float | None:

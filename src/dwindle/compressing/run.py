@@ -19,7 +19,7 @@ from dwindle.compressing.search import Search, figures_of, fingerprint
 from dwindle.compressing.steps import Say, Workbench, training_loss
 from dwindle.compressing.store import Store, check_out_folder
 from dwindle.data import Data, Split, fit_to_model, read_data
-from dwindle.errors import ConfigError, DataError
+from dwindle.errors import ConfigError, DataError, DwindleError
 from dwindle.exporting import output_quanta, predict
 from dwindle.exporting.verify import BOUNDS, compare
 from dwindle.files import write_text
@@ -37,6 +37,7 @@ from dwindle.measuring import (
 from dwindle.measuring.paired import PairedDrop, paired_drop
 from dwindle.quantization.schemes import resolve_scheme
 from dwindle.reporting import write_report
+from dwindle.targets import Target, read_target
 from dwindle.units import parse_duration
 from dwindle.weights import is_graph
 
@@ -69,6 +70,7 @@ def compress(
     *,
     test: Any = None,
     data: Any = None,
+    target: str | Path | Target = "litert",
     metric: Any = "accuracy",
     epochs: int = 20,
     seed: int = 0,
@@ -95,6 +97,9 @@ def compress(
         out: Folder for ``model.tflite``, ``model.keras``, ``report.html``, ``report.json``, ``plan.yaml``, ``trials/``.
         test: ``(x, y)`` samples that judge.
         data: Instead of these three: anything that `dwindle.data.read_data` reads.
+        target: What runs the file: ``"litert"``, ``"micro"``, a board such as ``"cortex-m4-256k"``, or a YAML file; see
+            `dwindle.targets`. Its sizes are goals where you set none. For microcontrollers every file has to run in
+            TensorFlow Lite Micro, and ``out`` gets the chosen one's C++ sources in ``micro``.
         metric: ``"accuracy"`` or another Keras metric.
         epochs: Epochs of a student's training; fine-tuning takes a part of it.
         seed: Fixes the result on one machine.
@@ -117,10 +122,14 @@ def compress(
     """
     if not isinstance(model, keras.Model) or not model.built:
         raise ConfigError(f"`model` is {model!r}; it must be a built keras.Model (dw.load makes one)")
+    device = read_target(target)
+    if goals is None and (device.max_size or device.max_ram):
+        goals = Goals(max_size=device.max_size, max_ram=device.max_ram)
     if goals is None:
         raise ConfigError("`goals` is None; pass dw.Goals(max_drop=0.01, max_size='100KB') or the like")
     if epochs < 1:
         raise ConfigError(f"`epochs` is {epochs}; it must be at least 1")
+    goals = goals.on(max_size=device.max_size, max_ram=device.max_ram)
     seconds = None if budget is None else parse_duration(budget, "budget")
     check_metric(metric)
     check_out_folder(out, resume=resume, force=force)
@@ -131,14 +140,16 @@ def compress(
     fitted = _data_for(model, train, validation, test, data)
     begun = time.monotonic()
     marks = {"seed": seed, "epochs": epochs, "model": fingerprint(model), "data": fitted.sha256}
+    if device.name != "litert":
+        marks["target"] = device.name
     store = Store(out, marks, resume=resume, force=force)
     teaches = len(model.outputs) == 1 and len(model.outputs[0].shape) == 2 and int(model.outputs[0].shape[1] or 0) > 1
     loss = training_loss(model, None if fitted.train is None else fitted.train.y)
     search = Search(
         bench=Workbench(original=model, train=fitted.train, loss=loss, distills=teaches, seed=seed, say=say,
                         folder=store.teacher),
-        data=fitted, goals=goals, store=store, metric=metric, epochs=epochs, threads=threads, plan=plan, say=say,
-        deadline=None if seconds is None else begun + seconds,
+        data=fitted, goals=goals, target=device, store=store, metric=metric, epochs=epochs, threads=threads,
+        plan=plan, say=say, deadline=None if seconds is None else begun + seconds,
     )  # fmt: skip
     search.bench = _with_current(search, say)
     interrupted = _run(search)
@@ -215,6 +226,8 @@ def _conclude(search: Search, facts: Mapping[str, Any]) -> Result:
         search.store.publish(chosen["id"])
         result["file"] = "model.tflite"
         folder = search.store.folder
+        if search.target.runtime == "micro":
+            result["micro"] = _sources(search, folder)
         write_text(folder / "plan.yaml", Plan.from_dict(chosen["plan"]).to_yaml())
         report |= {
             "baseline": baseline, "result": result, "verification": verification, "plan": chosen["plan"],
@@ -245,6 +258,22 @@ def _judge(search: Search, chosen: Mapping[str, Any]) -> tuple[dict[str, Any], d
     if verification is not None:
         judged[1]["verification"] = verification
     return judged[0], judged[1], verification
+
+
+def _sources(search: Search, folder: Path) -> dict[str, Any]:
+    """Write the chosen model's sources for a microcontroller; return what was measured, or why there are none."""
+    from dwindle.loading import load
+    from dwindle.micro import export_micro
+
+    split = search.data.train or search.data.val or search.data.test
+    samples = None if split is None else list(split.take(256).x)
+    try:
+        made = export_micro(load(folder / "model.keras"), folder / "micro", data=samples, decode=True)
+    except DwindleError as error:
+        search.say(f"no sources for the microcontroller: {error}")
+        return {"reason": str(error)}
+    kept = ("size_bytes", "arena_bytes", "needed_bytes", "operators", "notes")
+    return {name: value for name, value in made.to_dict().items() if name in kept} | {"folder": "micro"}
 
 
 def _confidence(search: Search, chosen: Mapping[str, Any]) -> PairedDrop | None:
@@ -303,6 +332,7 @@ def _frame(search: Search, facts: Mapping[str, Any]) -> dict[str, Any]:
             "name": model.name, "source": facts["source"], "parameters": int(model.count_params()),
             "inputs": described(model.inputs), "outputs": described(model.outputs),
         },
+        "target": {"name": search.target.name, "runtime": search.target.runtime},
         "data": {"source": data.source, "sha256": data.sha256, "class_names": data.class_names, **counts},
         "metric": {
             "name": search.metric if isinstance(search.metric, str) else getattr(search.metric, "name", "metric"),

@@ -24,6 +24,7 @@ from dwindle.files import save_keras
 from dwindle.measuring import compare_latency, higher_is_better, measure
 from dwindle.quantization import quantize, resolve_scheme
 from dwindle.seeding import seeded
+from dwindle.targets import Target
 
 ORIGINAL = Plan(name="original, float32", steps=(("export", {"scheme": "float32"}),))
 # A trial that can't be done says why and the search goes on; anything else is a defect and stops it.
@@ -38,6 +39,7 @@ class Search:
         bench: What steps work with.
         data: Train, validation and test samples.
         goals: What to reach.
+        target: What runs the file.
         store: The out folder.
         metric: Name of the metric.
         epochs: Epochs of a student's training; fine-tuning takes a part of it.
@@ -51,6 +53,7 @@ class Search:
     bench: Workbench
     data: Data
     goals: Goals
+    target: Target
     store: Store
     metric: Any
     epochs: int
@@ -142,6 +145,9 @@ class Search:
             before["meets"] = self.meets(before)  # the goals may be others than in the earlier run
             self.say(f"{self.current}: done before")
             return before
+        scheme = plan.steps[-1][1]["scheme"]
+        if number > 0 and self.target.schemes is not None and scheme not in self.target.schemes:
+            return self._skip(plan, f"{self.target.name} runs {', '.join(self.target.schemes)}, not {scheme}")
         if number > 0 and self.plan is None and self._late():
             return self._skip(plan, "the time budget is spent")
         self.say(f"{self.current}: begins")
@@ -173,6 +179,8 @@ class Search:
         save_keras(model, working / "model.keras")
         judged = self.data.val or self.data.test or self.data.train
         figures = measure(path, self._pair(judged), metric=self.metric, threads=self.threads)
+        if number > 0 and self.target.runtime == "micro" and figures.arena_bytes is None:
+            raise UnsupportedModelError(f"TensorFlow Lite Micro does not run the file: {figures.arena_note}")
         record = _record(number, plan, status="done", reason=None)
         record.update(figures_of(figures), file=f"trials/{number:03d}/model.tflite", notes=list(artefact.notes))
         record["verification"] = artefact.verification.to_dict()
