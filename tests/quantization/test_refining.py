@@ -401,7 +401,9 @@ def means(file, x):
     values: dict[str, list[np.ndarray]] = {}
     for _, value, tensor in activations(file, x):
         values.setdefault(tensor.name, []).append(value)
-    return {name: np.concatenate(v).reshape(-1, v[0].shape[-1]).mean(axis=0) for name, v in values.items()}
+    # Weights that the delegate reads as integers leave their float tensors unwritten: any bits, not looked at.
+    with np.errstate(all="ignore"):
+        return {name: np.concatenate(v).reshape(-1, v[0].shape[-1]).mean(axis=0) for name, v in values.items()}
 
 
 def linear(*, bias):
