@@ -6,58 +6,77 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from dwindle.errors import ConfigError, DwindleError, UnsupportedModelError
+from dwindle.errors import ConfigError, DwindleError, UnsupportedModelError, check_choice
 
-SUFFIXES = (".keras", ".h5", ".hdf5", ".tflite")
+SUFFIXES = (".keras", ".h5", ".hdf5", ".tflite", ".onnx")
+LAYOUTS = ("source", "channels_last")
 
 
-def load(source: Any, inputs: Any = None, *, trust: bool = False) -> Any:
+def load(source: Any, inputs: Any = None, *, trust: bool = False, layout: str = "source") -> Any:
     """Return a `keras.Model` made from a file, a folder or a model.
 
+    An ``.onnx`` and a ``.tflite`` are lifted: they become trainable functional models. A model from an ``.onnx`` is
+    compared with ONNX Runtime, where that is installed, on random inputs: every output must be within 1e-3 of the
+    largest. What the user should know is in ``notes``.
+
     Args:
-        source: Path of a ``.keras``, ``.h5``, SavedModel folder or ``.tflite`` file, or a `keras.Model`, which is
-            returned as it is. A ``.tflite`` is lifted: it becomes a trainable functional model.
-        inputs: Reserved for sources that do not know their input shapes.
+        source: Path of a ``.keras``, ``.h5``, ``.tflite`` or ``.onnx`` file or a SavedModel folder; an
+            `onnx.ModelProto`; or a `keras.Model`, which is returned as it is.
+        inputs: For ONNX: shapes of inputs whose lengths are open, by name, or the shape of the only input; None stands
+            for a length that stays open, such as ``(None, 3, 224, 224)``.
         trust: Whether code that comes with a file (Lambda layers) may run. Only for files whose origin you know.
+        layout: For ONNX: ``"source"`` keeps the order of the axes of inputs and outputs; ``"channels_last"`` gives
+            them their channels last, as Keras and LiteRT have them.
 
     Returns:
         A Keras model; from ``.tflite`` a `dwindle.lifting.LiftedModel`.
 
     Raises:
-        ConfigError: If the file does not exist or its kind is not known.
+        ConfigError: If the file does not exist, its kind is not known, or ``inputs`` or ``layout`` does not fit.
         UnsupportedModelError: If it can't be read, or holds code and ``trust`` is off.
+        VerificationError: If the model does not predict what its source predicts.
+        MissingDependencyError: If what reads it is not installed.
     """
     import keras
 
-    del inputs
+    check_choice("layout", layout, LAYOUTS)
     if isinstance(source, keras.Model):
         return source
+    if type(source).__name__ == "ModelProto":
+        from dwindle.lifting.onnx.reading import lift_onnx
+
+        return lift_onnx(source, inputs=inputs, layout=layout)
     if not isinstance(source, str | Path):
         raise ConfigError(f"`source` is a {type(source).__name__}; pass a path or a keras.Model")
     path = Path(source)
     if not path.exists():
         raise ConfigError(f"`{path}` does not exist; pass a model file: {', '.join(SUFFIXES)} or a SavedModel folder")
     reader = _reader(path)
+    given = [name for name, value in (("inputs", inputs), ("layout", None if layout == "source" else layout)) if value]
+    onnx = path.suffix.lower() == ".onnx" and not path.is_dir()
+    if given and not onnx:
+        raise ConfigError(f"`{given[0]}` is for .onnx files, and `{path}` knows its own shapes; leave it out")
     try:
-        return reader(path, trust)
+        return reader(path, inputs, layout) if onnx else reader(path, trust)
     except DwindleError:
         raise
     except Exception as error:
         raise UnsupportedModelError(f"`{path}` can't be read as {_kind(path)}: {_first_line(error)}") from None
 
 
-def _reader(path: Path) -> Callable[[Path, bool], Any]:
-    from dwindle.sources import keras_file, saved_model, tflite
+def _reader(path: Path) -> Callable[..., Any]:
+    from dwindle.sources import keras_file, onnx_file, saved_model, tflite
 
     if path.is_dir():
         if (path / "saved_model.pb").exists():
             return saved_model.read
         raise ConfigError(f"`{path}` is a folder without `saved_model.pb`; pass a SavedModel folder or a model file")
-    readers = {
+    readers: dict[str, Callable[..., Any]] = {
         ".keras": keras_file.read,
         ".h5": keras_file.read_h5,
         ".hdf5": keras_file.read_h5,
         ".tflite": tflite.read,
+        ".onnx": onnx_file.read,
     }
     suffix = path.suffix.lower()
     if suffix not in readers:

@@ -33,6 +33,36 @@ def data_options(sub: argparse.ArgumentParser, *, required: bool) -> None:
     sub.add_argument("--rescale", metavar="FACTOR", default="1", help="multiply the inputs, such as 1/255 (default 1)")
 
 
+def source_options(sub: argparse.ArgumentParser) -> None:
+    """Add the options that say how an ONNX file is read."""
+    sub.add_argument(
+        "--input", metavar="NAME=LENGTHS", action="append", default=[],
+        help="shape of an input of an .onnx whose lengths are open, such as x=?,3,224,224; repeatable",
+    )  # fmt: skip
+    sub.add_argument(
+        "--layout", default="source", choices=["source", "channels_last"],
+        help="channels_last: inputs and outputs of an .onnx get their channels last (default: as in the file)",
+    )  # fmt: skip
+
+
+def load_source(path: str, options: argparse.Namespace) -> Any:
+    """Return the model of a file, read as `source_options` and ``--trust`` say."""
+    from dwindle.loading import load
+
+    return load(path, _shapes(options.input), trust=options.trust, layout=options.layout)
+
+
+def _shapes(given: list[str]) -> dict[str, tuple[int | None, ...]] | None:
+    found: dict[str, tuple[int | None, ...]] = {}
+    for text in given:
+        name, _, lengths = text.rpartition("=")
+        parts = [part.strip() for part in lengths.split(",")]
+        if not name or not all(part == "?" or part.isdigit() for part in parts):
+            raise ConfigError(f"`--input` is {text!r}; it must be NAME=LENGTH,LENGTH,... with ? for an open length")
+        found[name] = tuple(None if part == "?" else int(part) for part in parts)
+    return found or None
+
+
 def run_options(sub: argparse.ArgumentParser, out: str) -> None:
     """Add the options of a command that writes a folder of results."""
     sub.add_argument("--out", metavar="DIR", default=out, help=f"folder for the results (default {out})")

@@ -10,10 +10,12 @@ from dwindle.cli.common import (
     check_exists,
     command_line,
     data_options,
+    load_source,
     rescaling,
     run_options,
     say,
     show,
+    source_options,
     start_keras,
 )
 
@@ -34,7 +36,7 @@ def add_plan(commands: Any) -> None:
 
 
 def _options(sub: Any) -> None:
-    sub.add_argument("model", metavar="MODEL", help=".keras, .h5, .tflite or a SavedModel folder")
+    sub.add_argument("model", metavar="MODEL", help=".keras, .h5, .tflite, .onnx or a SavedModel folder")
     data_options(sub, required=True)
     sub.add_argument("--max-drop", metavar="DROP", help="largest loss of the metric, such as 0.5%% or 0.005")
     sub.add_argument("--max-size", metavar="SIZE", help="largest file, such as 45KB (1 KB = 1000 bytes)")
@@ -50,6 +52,7 @@ def _options(sub: Any) -> None:
     sub.add_argument("--epochs", type=int, default=20, help="epochs of a student's training (default 20)")
     sub.add_argument("--plan", metavar="FILE", help="run the plan in this YAML file instead of the search")
     sub.add_argument("--budget", metavar="TIME", help="begin no further trial after this long, such as 20m")
+    source_options(sub)
     run_options(sub, "dwindle-out")
 
 
@@ -72,12 +75,11 @@ def _compress(options: argparse.Namespace) -> int:
     plan = read_plan(options.plan) if options.plan else None
     factor = rescaling(options.rescale)
     from dwindle.data import read_data
-    from dwindle.loading import load
 
     check_exists(options.model)
     data = read_data(options.data, rescale=factor, seed=options.seed)
     start_keras()
-    model = load(options.model, trust=options.trust)
+    model = load_source(options.model, options)
     if options.dry_run:
         return _dry_run(model, goals, plan, options)
     from dwindle.compressing import compress

@@ -7,7 +7,17 @@ import json
 from pathlib import Path
 from typing import Any
 
-from dwindle.cli.common import MET, check_exists, data_options, fitted, progress, rescaling, start_keras
+from dwindle.cli.common import (
+    MET,
+    check_exists,
+    data_options,
+    fitted,
+    load_source,
+    progress,
+    rescaling,
+    source_options,
+    start_keras,
+)
 from dwindle.errors import ConfigError, check_choice
 
 SCHEME_NAMES = ("float32", "float16", "int8", "int8-dynamic", "int8-weights", "int16x8", "int4", "int4-dynamic",
@@ -22,7 +32,7 @@ def add(commands: Any) -> None:
     """Add ``convert``."""
     sub = commands.add_parser("convert", help="write a model as a verified .tflite or SavedModel folder")
     sub.set_defaults(run=_convert)
-    sub.add_argument("model", metavar="MODEL", help=".keras, .h5, .tflite or a SavedModel folder")
+    sub.add_argument("model", metavar="MODEL", help=".keras, .h5, .tflite, .onnx or a SavedModel folder")
     sub.add_argument("out", metavar="OUT", help="the .tflite, .keras or folder (no suffix) to write")
     sub.add_argument(
         "--target", choices=["litert", "micro"], default="litert",
@@ -50,6 +60,7 @@ def add(commands: Any) -> None:
     sub.add_argument("--correct-bias", action="store_true", help="let biases take up the shift that rounding makes")
     sub.add_argument("--budget", metavar="SIZE", help="fewer bits where they cost least, until the file is this small")
     sub.add_argument("--max-drop", metavar="DROP", help="fewer bits where they cost least, while it loses at most this")
+    source_options(sub)
     sub.add_argument("--sparse", action="store_true", help="store weights with many zeros in the sparse encoding")
     sub.add_argument("--force", action="store_true", help="write over OUT if it exists")
     sub.add_argument("--json", action="store_true", help="print the result as JSON")
@@ -69,10 +80,8 @@ def _convert(options: argparse.Namespace) -> int:
         raise ConfigError(f"`{out}` exists; write over it with --force, or name another")
     factor = rescaling(options.rescale)
     scheme = _scheme(options, folder=folder)
-    from dwindle.loading import load
-
     start_keras()
-    model = load(options.model, trust=options.trust)
+    model = load_source(options.model, options)
     if out.suffix.lower() == ".keras":
         if scheme is not None and not (isinstance(scheme, str) and scheme == "float32"):
             raise ConfigError(f"`--scheme` is {options.scheme}, and a .keras file is float; name a .tflite")
@@ -130,7 +139,6 @@ def _micro(options: argparse.Namespace, *, folder: bool) -> int:
     check_exists(options.model)
     start_keras()
     from dwindle.data import read_data
-    from dwindle.loading import load
     from dwindle.micro import export_micro
     from dwindle.micro.exporting import check_folder
 
@@ -140,7 +148,7 @@ def _micro(options: argparse.Namespace, *, folder: bool) -> int:
     if model.suffix.lower() == ".tflite" and options.scheme is None:
         data = None if options.data is None else read_data(options.data, rescale=factor)
     else:
-        model = load(options.model, trust=options.trust)
+        model = load_source(options.model, options)
         data = fitted(options, model, factor)
     made = export_micro(model, options.out, data=data, scheme=options.scheme, decode=options.decode)
     if options.json:

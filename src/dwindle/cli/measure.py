@@ -13,9 +13,9 @@ from dwindle.errors import DataError
 
 def add(commands: Any) -> None:
     """Add ``measure``."""
-    sub = commands.add_parser("measure", help="measure accuracy, bytes, latency and RAM of a .tflite")
+    sub = commands.add_parser("measure", help="measure accuracy, bytes, latency and RAM of a .tflite or .onnx")
     sub.set_defaults(run=_measure)
-    sub.add_argument("file", metavar="FILE", help="a .tflite file")
+    sub.add_argument("file", metavar="FILE", help="a .tflite or .onnx file")
     data_options(sub, required=False)
     sub.add_argument("--metric", default="accuracy", help="accuracy or another Keras metric (default accuracy)")
     sub.add_argument("--threads", type=int, default=1, help="threads of the interpreter (default 1)")
@@ -48,7 +48,7 @@ def add_inspect(commands: Any) -> None:
     """Add ``inspect``."""
     sub = commands.add_parser("inspect", help="show the operators or layers of a file")
     sub.set_defaults(run=_inspect)
-    sub.add_argument("file", metavar="FILE", help="a .tflite, .keras or .h5 file")
+    sub.add_argument("file", metavar="FILE", help="a .tflite, .onnx, .keras or .h5 file")
     sub.add_argument("--json", action="store_true", help="print the table as JSON")
     sub.add_argument("--trust", action="store_true", help="let code in the model file run (Lambda layers)")
 
@@ -58,7 +58,7 @@ def _inspect(options: argparse.Namespace) -> int:
     from dwindle.reporting import print_inspection
 
     check_exists(options.file)
-    if Path(options.file).suffix.lower() == ".tflite":
+    if Path(options.file).suffix.lower() in (".tflite", ".onnx"):
         found = inspect_file(options.file)
     else:
         from dwindle.loading import load
@@ -75,9 +75,9 @@ def _inspect(options: argparse.Namespace) -> int:
 
 def add_compare(commands: Any) -> None:
     """Add ``compare``."""
-    sub = commands.add_parser("compare", help="measure .tflite files side by side, each against the first")
+    sub = commands.add_parser("compare", help="measure .tflite and .onnx files side by side, each against the first")
     sub.set_defaults(run=_compare)
-    sub.add_argument("files", metavar="FILE", nargs="+", help="at least two .tflite files")
+    sub.add_argument("files", metavar="FILE", nargs="+", help="at least two .tflite or .onnx files")
     data_options(sub, required=False)
     sub.add_argument("--metric", default="accuracy", help="accuracy or another Keras metric (default accuracy)")
     sub.add_argument("--threads", type=int, default=1, help="threads of the interpreter (default 1)")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
@@ -50,12 +51,15 @@ class ConstantOperand(keras.layers.Layer):
                 steps = ops.round(inputs / self.scales[0])
                 return integer_sum((steps, found[0]), (self.scales[0], found[1]), self.scales[1], signs=signs)
         value = ops.convert_to_tensor(self.value)
+        if self.kind == "add":
+            # `ops.add` would take a constant such as (4, 1) for a bias of the last axis if that has 4 entries.
+            return inputs + value
         if self.kind == "prelu":
             return ops.maximum(inputs, 0.0) + value * ops.minimum(inputs, 0.0)
         a, b = (value, inputs) if self.constant_first else (inputs, value)
         functions = {
-            "add": ops.add, "sub": ops.subtract, "mul": ops.multiply, "div": ops.divide, "pow": ops.power,
-            "maximum": ops.maximum, "minimum": ops.minimum,
+            "sub": ops.subtract, "mul": ops.multiply, "div": ops.divide, "pow": ops.power, "maximum": ops.maximum,
+            "minimum": ops.minimum,
         }  # fmt: skip
         if self.kind == "squared_difference":
             return ops.square(a - b)
@@ -156,6 +160,45 @@ class Gather(keras.layers.Layer):
 
 
 @keras.saving.register_keras_serializable("dwindle")
+class Repeated(keras.layers.Layer):
+    """A trainable constant, once for every sample of the input, such as the class token of a vision transformer.
+
+    Args:
+        shape: Shape of the constant, without the samples.
+        samples: False for the constant as it is, whatever the input.
+    """
+
+    weight_specs: ClassVar[tuple[WeightSpec, ...]] = (WeightSpec(weight="value", channel_axes=(-1,), prunable=False),)
+
+    def __init__(self, *, shape: Sequence[int], samples: bool = True, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.shape = tuple(shape)
+        self.samples = samples
+
+    def build(self, input_shape: Any) -> None:
+        """Create the constant."""
+        del input_shape
+        trainable = "float" in keras.backend.standardize_dtype(self.dtype)
+        self.value = self.add_weight(name="value", shape=self.shape, initializer="zeros", trainable=trainable)
+
+    def call(self, inputs: Any) -> Any:
+        """Return the constant, of shape ``(samples, *shape)``."""
+        value = keras.ops.convert_to_tensor(self.value)
+        if not self.samples:
+            return value
+        return keras.ops.broadcast_to(value[None], (keras.ops.shape(inputs)[0], *self.shape))
+
+    def compute_output_spec(self, inputs: Any) -> Any:
+        """Return the result's shape and type."""
+        front = (inputs.shape[0],) if self.samples else ()
+        return keras.KerasTensor((*front, *self.shape), dtype=self.compute_dtype)
+
+    def get_config(self) -> dict[str, Any]:
+        """Return what makes an equal layer."""
+        return {**super().get_config(), "shape": list(self.shape), "samples": self.samples}
+
+
+@keras.saving.register_keras_serializable("dwindle")
 class FixedOperand(keras.layers.Layer):
     """Combine an integer input with a constant that is not trained.
 
@@ -182,7 +225,7 @@ class FixedOperand(keras.layers.Layer):
         value = ops.convert_to_tensor(self.value, dtype=self.dtype_name)
         a, b = (value, inputs) if self.constant_first else (inputs, value)
         functions = {
-            "add": ops.add, "sub": ops.subtract, "mul": ops.multiply, "div": ops.floor_divide,
+            "add": operator.add, "sub": ops.subtract, "mul": ops.multiply, "div": ops.floor_divide,
             "maximum": ops.maximum, "minimum": ops.minimum, "pow": ops.power,
         }  # fmt: skip
         if self.kind == "squared_difference":

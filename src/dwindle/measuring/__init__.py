@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import platform
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,9 +19,11 @@ from dwindle.measuring.inspecting import Inspection, Row, inspect_file, inspect_
 from dwindle.measuring.latency import Latency, compare_latency, measure_latency
 from dwindle.measuring.litert import LiteRTRunner, read_content
 from dwindle.measuring.memory import Memory, measure_memory
+from dwindle.measuring.runners import is_onnx, runner_of
 
 if TYPE_CHECKING:
     from dwindle.data import Data, Split
+    from dwindle.measuring.runners import Runner
 
 __all__ = [
     "Compared", "Inspection", "Latency", "LiteRTRunner", "Measurement", "Memory", "Row", "as_data", "check_metric",
@@ -43,7 +45,7 @@ class Measurement:
         latency: Time of one inference.
         arena_bytes: Arena of TensorFlow Lite Micro; None where it can't run the file or is not installed.
         arena_note: Why there is no arena.
-        resident_bytes: Growth of peak resident memory in LiteRT.
+        resident_bytes: Growth of peak resident memory in LiteRT, or in ONNX Runtime.
         sha256: Hash of the file.
         parameters: Weights and biases.
         environment: Machine and versions.
@@ -74,8 +76,10 @@ class Measurement:
 
     @property
     def ram_source(self) -> str:
-        """What `ram_bytes` is: ``tflm-arena`` or ``litert-resident``."""
-        return "litert-resident" if self.arena_bytes is None else "tflm-arena"
+        """What `ram_bytes` is: ``tflm-arena``, ``litert-resident`` or ``onnxruntime-resident``."""
+        if self.arena_bytes is not None:
+            return "tflm-arena"
+        return "onnxruntime-resident" if is_onnx(self.file) else "litert-resident"
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain data; `from_dict` makes an equal object."""
@@ -90,7 +94,7 @@ class Measurement:
 
 
 def measure(file: str | Path, data: Any = None, metric: Any = "accuracy", *, threads: int = 1) -> Measurement:
-    """Run a ``.tflite`` and return what was measured.
+    """Run a ``.tflite`` in LiteRT, or an ``.onnx`` in ONNX Runtime, and return what was measured.
 
     Args:
         file: Path of the file.
@@ -101,31 +105,63 @@ def measure(file: str | Path, data: Any = None, metric: Any = "accuracy", *, thr
 
     Raises:
         DataError: If the file does not exist, or the data does not fit it.
-        UnsupportedModelError: If it is no LiteRT file, or LiteRT can't run it.
+        UnsupportedModelError: If it is damaged, or its runtime can't run it.
     """
     path = Path(file)
     check_metric(metric)
-    content = read_content(path)
-    runner = LiteRTRunner(content)
+    content: Any = path if is_onnx(path) else read_content(path)
+    runner = runner_of(content)
     value, samples = None, 0
     if data is not None:
         value, samples = _metric(runner, data, metric)
+    size, sha256 = _size_and_hash(path)
     memory = measure_memory(path)
     name = metric if isinstance(metric, str) else getattr(metric, "name", getattr(metric, "__name__", "metric"))
     return Measurement(
-        file=str(path), metric=str(name), accuracy=value, samples=samples, size_bytes=len(content),
+        file=str(path), metric=str(name), accuracy=value, samples=samples, size_bytes=size,
         latency=measure_latency(content, threads=threads), arena_bytes=memory.arena_bytes,
         arena_note=memory.arena_note, resident_bytes=memory.resident_bytes,
-        sha256=hashlib.sha256(content).hexdigest(), parameters=inspect_file(path).parameters,
+        sha256=sha256, parameters=inspect_file(path).parameters,
         environment={**environment(), "threads": str(threads)},
     )  # fmt: skip
 
 
-def evaluation_split(runner: LiteRTRunner, data: Data) -> Split:
-    """Return the samples that a file is judged on, in its shapes: test samples, else validation samples."""
+def _size_and_hash(path: Path) -> tuple[int, str]:
+    if is_onnx(path):
+        from dwindle.measuring.onnx_runtime import content_of
+
+        return content_of(path)
+    content = path.read_bytes()
+    return len(content), hashlib.sha256(content).hexdigest()
+
+
+def evaluation_split(runner: Runner, data: Data) -> Split:
+    """Return the samples that a file is judged on, in its shapes: test samples, else validation samples.
+
+    Where an ONNX file wants images with channels first and the data has them last, they are moved.
+    """
+    shapes = [tuple(None if size < 0 else size for size in spec.shape[1:]) for spec in runner.inputs]
+    if isinstance(runner, LiteRTRunner):
+        return _fitted_split(runner, data, shapes)
+    try:
+        return _fitted_split(runner, data, shapes)
+    except DataError:
+        if not any(len(shape) > 1 for shape in shapes):
+            raise
+        turned = [(*shape[1:], shape[0]) if len(shape) > 1 else shape for shape in shapes]
+        try:
+            split = _fitted_split(runner, data, turned)
+        except DataError:
+            split = None
+        if split is None:
+            raise
+    moved = [np.moveaxis(x, -1, 1) if x.ndim > 2 else x for x in split.x]
+    return replace(split, x=tuple(moved))
+
+
+def _fitted_split(runner: Runner, data: Data, shapes: list[Any]) -> Split:
     from dwindle.data import fit_to_model
 
-    shapes = [tuple(None if size < 0 else size for size in spec.shape[1:]) for spec in runner.inputs]
     units = runner.outputs[0].shape[-1] if len(runner.outputs) == 1 and len(runner.outputs[0].shape) == 2 else None
     types = ["float32" if spec.scale is not None else np.dtype(spec.dtype).name for spec in runner.inputs]
     return fit_to_model(data, shapes, units, input_dtypes=types).evaluation()
@@ -138,7 +174,7 @@ def as_data(data: Any) -> Data:
     return data if isinstance(data, Data) else read_data(data)
 
 
-def _metric(runner: LiteRTRunner, data: Any, metric: Any) -> tuple[float, int]:
+def _metric(runner: Runner, data: Any, metric: Any) -> tuple[float, int]:
     found = as_data(data)
     split = evaluation_split(runner, found)
     if split.y is None:

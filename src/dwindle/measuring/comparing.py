@@ -42,7 +42,7 @@ class Compared:
 def compare(
     files: Sequence[str | Path], data: Any = None, metric: Any = "accuracy", *, threads: int = 1
 ) -> list[Compared]:
-    """Measure several ``.tflite`` files and compare each with the first.
+    """Measure several ``.tflite`` or ``.onnx`` files, each in its own runtime, and compare each with the first.
 
     Args:
         files: Paths, the first one is what the others are compared with.
@@ -53,12 +53,12 @@ def compare(
     Raises:
         ConfigError: If there are not at least two files.
         DataError: If a file does not exist, or the data does not fit it.
-        UnsupportedModelError: If one is no LiteRT file, or LiteRT can't run it.
+        UnsupportedModelError: If one is damaged, or its runtime can't run it.
     """
     from dwindle.measuring import as_data, compare_latency, measure
 
     if isinstance(files, str | Path) or len(files) < 2:
-        raise ConfigError(f"`files` is {files!r}; pass at least two .tflite files to compare")
+        raise ConfigError(f"`files` is {files!r}; pass at least two .tflite or .onnx files to compare")
     data = None if data is None else as_data(data)
     found = [measure(file, data, metric, threads=threads) for file in files]
     timed = compare_latency(list(files), threads=threads)
@@ -75,11 +75,12 @@ def compare(
 
 
 def _outputs(file: str | Path, data: Any) -> np.ndarray | None:
-    from dwindle.measuring import LiteRTRunner, evaluation_split
+    from dwindle.measuring import evaluation_split
+    from dwindle.measuring.runners import runner_of
 
     if data is None:
         return None
-    runner = LiteRTRunner(file)
+    runner = runner_of(file)
     return runner.predict(list(evaluation_split(runner, data).x))[0]
 
 

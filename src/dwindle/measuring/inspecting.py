@@ -8,6 +8,9 @@ from typing import Any
 
 import numpy as np
 
+from dwindle.errors import DataError
+from dwindle.measuring.runners import is_onnx
+
 # What makes packed weights ready for use.
 _UNPACKING = ("DEQUANTIZE", "DENSIFY")
 
@@ -66,12 +69,15 @@ class Inspection:
 
 
 def inspect_file(path: str | Path) -> Inspection:
-    """Return the operators of a ``.tflite``.
+    """Return the operators of a ``.tflite`` or an ``.onnx``.
 
     Raises:
         DataError: If the file does not exist.
-        UnsupportedModelError: If it is no LiteRT file, or broken.
+        UnsupportedModelError: If it is broken.
+        MissingDependencyError: If it is an ``.onnx``, and the `onnx` package is not installed.
     """
+    if is_onnx(path):
+        return _inspect_onnx(Path(path))
     from dwindle.lifting.flatbuffer import read_graph
     from dwindle.measuring.litert import read_content
 
@@ -110,6 +116,37 @@ def inspect_file(path: str | Path) -> Inspection:
     weights = sum(row.size_bytes for row in rows)
     parameters = sum(row.parameters for row in rows)
     return Inspection(rows=tuple(rows), size_bytes=len(content), weights_bytes=weights, parameters=parameters)
+
+
+def _inspect_onnx(path: Path) -> Inspection:
+    from dwindle.lifting.onnx.graph import read_graph
+    from dwindle.measuring.onnx_runtime import content_of
+
+    if not path.is_file():
+        raise DataError(f"`{path}` can't be read: there is no such file; pass an .onnx file")
+    graph = read_graph(path)
+    seen: set[str] = set()
+    rows = []
+    for index, node in enumerate(graph.nodes):
+        own = [name for name in node.inputs if name in graph.constants and name not in seen]
+        seen.update(own)
+        arrays = [graph.constants[name] for name in own if graph.constants[name].dtype != np.dtype(object)]
+        numbers = [array for array in arrays if array.dtype.kind in "fV" or array.dtype.itemsize == 1]
+        largest = max(numbers, key=lambda array: array.size, default=None)
+        rows.append(
+            Row(
+                index=index, op=node.kind, name=node.name, output_shape=graph.shapes.get(node.outputs[0], ()),
+                parameters=sum(array.size for array in numbers), size_bytes=sum(array.nbytes for array in arrays),
+                bits=0 if largest is None else largest.dtype.itemsize * 8,
+                sparsity=0.0 if largest is None or largest.size == 0 else float((largest == 0).mean()),
+                distinct=0 if largest is None else int(np.unique(largest).size),
+            )
+        )  # fmt: skip
+    size, _ = content_of(path)
+    return Inspection(
+        rows=tuple(rows), size_bytes=size, weights_bytes=sum(row.size_bytes for row in rows),
+        parameters=sum(row.parameters for row in rows),
+    )  # fmt: skip
 
 
 def inspect_model(model: Any) -> Inspection:

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from dwindle.errors import ConfigError
-from dwindle.measuring.litert import LiteRTRunner
+from dwindle.measuring.runners import runner_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,7 +53,7 @@ def compare_latency(
     One sample a run; only the interpreter's ``invoke`` is timed, with Python's garbage collection off.
 
     Args:
-        sources: Paths or bytes of ``.tflite`` files.
+        sources: Paths of ``.tflite`` and ``.onnx`` files, or bytes of the former.
         threads: Threads of each interpreter.
         seconds: Time to spend on each file; at least 30 runs are made.
         warmup: Untimed runs before.
@@ -63,7 +63,7 @@ def compare_latency(
     """
     if threads < 1:
         raise ConfigError(f"`threads` is {threads}; it must be at least 1")
-    runners = [LiteRTRunner(source, threads=threads) for source in sources]
+    runners = [runner_of(source, threads=threads) for source in sources]
     blocks = []
     for runner in runners:
         for _ in range(warmup):

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from dwindle.errors import UnsupportedModelError
+from dwindle.measuring.runners import is_onnx
 
 _SECONDS = 300
 
@@ -26,7 +27,7 @@ class Memory:
     """RAM of a file.
 
     Attributes:
-        resident_bytes: Growth of the process's peak resident memory when LiteRT loads and runs the file.
+        resident_bytes: Growth of the process's peak resident memory when its runtime loads and runs the file.
         arena_bytes: Tensor arena that TensorFlow Lite Micro uses; None where it can't run the file.
         arena_note: Why there is no arena, or None.
     """
@@ -42,6 +43,12 @@ def measure_memory(path: str | Path) -> Memory:
     Raises:
         UnsupportedModelError: If LiteRT can't run the file.
     """
+    if is_onnx(path):
+        resident = _ask("onnx", path)
+        if "bytes" not in resident:
+            raise UnsupportedModelError(f"`{path}`: RAM can't be measured: {resident.get('note')}")
+        note = "TensorFlow Lite Micro runs .tflite files"
+        return Memory(resident_bytes=resident["bytes"], arena_bytes=None, arena_note=note)
     resident = _ask("resident", path)
     if "bytes" not in resident:
         raise UnsupportedModelError(f"`{path}`: RAM can't be measured: {resident.get('note')}")
@@ -76,6 +83,17 @@ def _resident(path: str) -> dict[str, Any]:
         interpreter.set_tensor(details["index"], np.zeros(details["shape"], details["dtype"]))
     for _ in range(3):
         interpreter.invoke()
+    return {"bytes": max(0, _peak_bytes() - before)}
+
+
+def _onnx(path: str) -> dict[str, Any]:
+    from dwindle.measuring.onnx_runtime import OnnxRunner, require_onnxruntime
+
+    require_onnxruntime()
+    before = _begin_peak()
+    runner = OnnxRunner(path)
+    for _ in range(3):
+        runner.invoke()
     return {"bytes": max(0, _peak_bytes() - before)}
 
 
@@ -142,7 +160,8 @@ def _count_inputs(content: bytes) -> int:
 def main(arguments: list[str]) -> int:
     """Print one JSON line about a file; return the exit status."""
     kind, path = arguments
-    print(json.dumps((_resident if kind == "resident" else _arena)(path)), flush=True)
+    kinds = {"resident": _resident, "arena": _arena, "onnx": _onnx}
+    print(json.dumps(kinds[kind](path)), flush=True)
     return 0
 
 

@@ -1,0 +1,1 @@
+"""ONNX files become trainable Keras models, operator by operator."""

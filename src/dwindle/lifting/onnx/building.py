@@ -1,0 +1,241 @@
+"""Building the Keras model of an ONNX graph, with channels last."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import keras
+import numpy as np
+
+from dwindle.errors import UnsupportedModelError
+from dwindle.lifting.onnx.folding import fold
+from dwindle.lifting.onnx.graph import Graph, Node, read_by, subgraph
+from dwindle.lifting.onnx.operators import OPERATORS
+from dwindle.lifting.onnx.patterns import simplified
+from dwindle.lifting.onnx.sizes import known
+from dwindle.lifting.onnx.values import Arranger, Moving, of
+
+# Operators whose result depends on the shapes of their inputs alone.
+_OF_SHAPES = {"Shape", "Size"}
+
+
+class Builder(Arranger):
+    """Walks a graph once and makes the Keras layers.
+
+    Args:
+        graph: The graph.
+        open_batch: Whether a first axis of length 1 of every input becomes one of any length.
+        channels_last: Whether inputs with at least three axes, and outputs that have them in that order, have their
+            channels last.
+
+    Attributes:
+        notes: What the user should know.
+        turned: For each output whether it has its channels last, other than in the file.
+    """
+
+    def __init__(self, graph: Graph, *, open_batch: bool = True, channels_last: bool = False) -> None:
+        super().__init__()
+        self.graph = graph
+        self.open_batch = open_batch
+        self.channels_last = channels_last
+        self.notes: list[str] = []
+        self.turned: list[bool] = []
+        self.values: dict[str, Any] = dict(graph.constants)
+        self._nodes = simplified(graph)
+        self._readers: dict[str, list[Node]] = {}
+        for node in self._nodes:
+            for name in read_by(node):
+                self._readers.setdefault(name, []).append(node)
+        self._taken: set[int] = set()
+        self._names: dict[str, int] = {}
+        self._layers: dict[str, Any] = {}
+        self._node: Node | None = None
+        self._reserve_names()
+
+    def run(self) -> tuple[Any, Any]:
+        """Return the inputs and outputs of the model."""
+        keys = [self._input(*described) for described in self.graph.inputs]
+        self.walk(self._nodes)
+        return keys, [self._output(name) for name in self.graph.outputs]
+
+    def walk(self, nodes: Sequence[Node]) -> None:
+        """Compute every node whose result somebody reads."""
+        for node in nodes:
+            if id(node) not in self._taken:
+                self._operate(node)
+
+    def _input(self, name: str, shape: tuple[Any, ...], dtype: str) -> Any:
+        lengths: list[int | None] = [n if isinstance(n, int) else None for n in shape]
+        if lengths[:1] == [1] and self.open_batch:
+            lengths[0] = None
+        order = list(range(len(lengths)))
+        if self.channels_last and len(lengths) > 2:
+            order = [0, *order[2:], 1]
+        if dtype == "object":
+            raise UnsupportedModelError(f"input `{name}` is text; only numbers are read")
+        held = "int32" if dtype == "int64" and keras.backend.backend() == "jax" else dtype
+        key = keras.Input(batch_shape=[lengths[k] for k in order], dtype=held, name=self.name(name))
+        self.values[name] = of(key, order, unknown=name)
+        return key
+
+    def _output(self, name: str) -> Any:
+        value = self.values.get(name)
+        if isinstance(value, Moving):
+            turned = self.channels_last and value.rank > 2 and value.axes == (0, *range(2, value.rank), 1)
+            self.turned.append(turned)
+            return value.tensor if turned else self.plain(value)
+        if value is None:
+            raise UnsupportedModelError(f"output `{name}` is made by no node; the file is damaged")
+        if value.dtype == object:
+            raise UnsupportedModelError(f"output `{name}` is a length that is not known before the model runs, or text")
+        from dwindle.lifting.constants import Repeated
+
+        self.turned.append(False)
+
+        like = next(self.values[given].tensor for given, _, _ in self.graph.inputs)
+        layer = Repeated(shape=value.shape, samples=False, dtype=value.dtype.name, name=self.name(name))
+        return self.filled(layer, like, value=value)
+
+    def _operate(self, node: Node) -> None:
+        inputs = [self._read(name) for name in node.inputs]
+        self._node = node
+        if node.kind in _OF_SHAPES and isinstance(inputs[0], Moving):
+            self.values[node.outputs[0]] = _shape(node, inputs[0])
+            return
+        if node.kind == "If":
+            self._branch(node, inputs[0])
+            return
+        if not any(isinstance(value, Moving) for value in inputs):
+            results: Any = fold(node, inputs)
+            if results is not None:
+                self._store(node, results)
+                return
+        if node.kind not in OPERATORS:
+            raise UnsupportedModelError(f"{node.kind} `{node.name}` has no entry in the table of ONNX operators")
+        try:
+            results = OPERATORS[node.kind](self, node, inputs)
+        except UnsupportedModelError:
+            raise
+        except Exception as error:
+            text = " ".join(str(error).split())[:300]
+            raise UnsupportedModelError(f"{node.kind} `{node.name}` can't be built: {text}") from error
+        self._store(node, results if isinstance(results, list) else [results])
+
+    def _store(self, node: Node, results: Sequence[Any]) -> None:
+        for name, value in zip(node.outputs, results, strict=False):
+            if name:
+                self.values[name] = value
+
+    def _read(self, name: str) -> Any:
+        if not name:
+            return None
+        if name not in self.values:
+            raise UnsupportedModelError(f"`{name}` is read but never made; the file is damaged")
+        return self.values[name]
+
+    def _branch(self, node: Node, condition: Any) -> None:
+        if not isinstance(condition, np.ndarray):
+            raise UnsupportedModelError(f"If `{node.name}` decides by the data, which a Keras graph can't follow")
+        taken = node.attributes["then_branch" if bool(condition.ravel()[0]) else "else_branch"]
+        nodes, constants, outputs = subgraph(taken, node.version)
+        self.values |= constants
+        for inner in nodes:
+            for name in read_by(inner):
+                self._readers.setdefault(name, []).append(inner)
+        self.walk(nodes)
+        self._store(node, [self.values[name] for name in outputs])
+
+    def plain(self, value: Any) -> Any:
+        """Return a Keras tensor in ONNX's order of axes; a constant as an array."""
+        return super().plain(value) if isinstance(value, Moving) else value
+
+    def value(self, tensor: Any, axes: Sequence[int] | None = None, *, at_least_zero: bool = False) -> Moving:
+        """Return a value for a Keras tensor."""
+        unknown = self._node.outputs[0] if self._node is not None else ""
+        return of(tensor, axes, unknown=unknown, at_least_zero=at_least_zero)
+
+    def note(self, text: str) -> None:
+        """Write down what the user should know."""
+        if text not in self.notes:
+            self.notes.append(text)
+
+    def layer(self, factory: Callable[..., Any], node: Node, **options: Any) -> Any:
+        """Make a layer named after the node."""
+        return factory(name=self.name(node.name), **options)
+
+    def shared(self, node: Node, places: Sequence[int], factory: Callable[..., Any], **options: Any) -> Any:
+        """Return a layer for a node, the same one for nodes with the same options and constants."""
+        names = [node.inputs[place] if place < len(node.inputs) else "" for place in places]
+        key = json.dumps([factory.__name__, names, options], default=str, sort_keys=True)
+        if not any(name in self.graph.constants for name in names):
+            return self.layer(factory, node, **options)
+        if key not in self._layers:
+            self._layers[key] = self.layer(factory, node, **options)
+        return self._layers[key]
+
+    def filled(self, layer: Any, tensor: Any, **weights: np.ndarray | None) -> Any:
+        """Call a layer and set its weights."""
+        built = layer.built
+        result = layer(tensor)
+        if not built:
+            for name, value in weights.items():
+                if value is not None:
+                    getattr(layer, name).assign(value)
+        return result
+
+    def added_behind(self, node: Node, accept: Callable[[np.ndarray], np.ndarray | None]) -> np.ndarray | None:
+        """Return the constant that only the next node adds to this one's result, and take that node in."""
+        name = node.outputs[0]
+        readers = self._readers.get(name, [])
+        if len(readers) != 1 or readers[0].kind != "Add" or name in self.graph.outputs:
+            return None
+        reader = readers[0]
+        other = reader.inputs[1] if reader.inputs[0] == name else reader.inputs[0]
+        constant = self.values.get(other)
+        if not isinstance(constant, np.ndarray) or constant.dtype == object:
+            return None
+        found = accept(constant)
+        if found is not None:
+            self._taken.add(id(reader))
+            # The sum is this node's result.
+            node.outputs = (reader.outputs[0],)
+            self._node = node
+        return found
+
+    def name(self, given: str) -> str:
+        """Return a name that no layer has yet, close to the file's."""
+        base = re.sub(r"[^A-Za-z0-9_.-]+", "_", given.split(":")[0]).strip("_.-") or "node"
+        count = self._names.get(base, 0)
+        self._names[base] = count + 1
+        found = base if count == 0 else f"{base}_{count}"
+        return self.name(found) if count and found in self._names else found
+
+    def _reserve_names(self) -> None:
+        """Keep the names that layers will have out of those that Keras gives to operations without a layer."""
+        highest: dict[str, int] = {}
+        for node in self._nodes:
+            base = re.sub(r"[^A-Za-z0-9_.-]+", "_", node.name.split(":")[0]).strip("_.-") or "node"
+            prefix, _, count = base.rpartition("_")
+            pair = (prefix, int(count)) if prefix and count.isdigit() and len(count) < 6 else (base, 0)
+            highest[pair[0]] = max(highest.get(pair[0], 0), pair[1]) + 1
+        for prefix, most in highest.items():
+            while keras.backend.get_uid(prefix) <= most:
+                pass
+
+
+def _shape(node: Node, value: Moving) -> np.ndarray:
+    lengths = list(value.sizes)
+    if node.kind == "Size":
+        lengths = [np.prod(np.array(lengths, object))] if lengths else [1]
+        found = np.array(lengths, object if not known(lengths) else np.int64)
+        return found.reshape(())
+    start, end = node.attributes.get("start", 0), node.attributes.get("end")
+    lengths = lengths[start:end]
+    if known(lengths):
+        return np.array(lengths, np.int64)
+    found = np.empty(len(lengths), object)
+    found[:] = lengths
+    return found

@@ -1,0 +1,124 @@
+"""The lifted model against ONNX Runtime, on random inputs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import keras
+import numpy as np
+
+from dwindle.errors import DwindleError, MissingDependencyError, UnsupportedModelError, VerificationError
+from dwindle.exporting.verify import Bound, compare
+from dwindle.lifting.onnx.building import Builder
+from dwindle.lifting.onnx.graph import require_onnx
+from dwindle.lifting.onnx.values import Moving
+
+BOUND = Bound(tolerance=1e-3, unit="largest output", share=1.0)
+_SAMPLES = 2
+# Lengths that are tried for axes that stay open, since some networks need a certain size, and what integers are below:
+# rows of a table that may be short.
+_TRIED = ((32, 100), (64, 100), (224, 100), (32, 2), (64, 2), (224, 2))
+
+
+def check(builder: Builder, model: keras.Model, source: Any) -> str:
+    """Compare a model with its source in ONNX Runtime and return what was found, in words.
+
+    Args:
+        builder: What built the model.
+        model: The model.
+        source: Path or `onnx.ModelProto` that it was built from.
+
+    Raises:
+        VerificationError: If an output is further than 1e-3 of the largest output away; it names the first node where
+            the two part.
+    """
+    try:
+        from dwindle.measuring.onnx_runtime import OnnxRunner
+
+        runner = OnnxRunner(source if isinstance(source, str | Path) else source.SerializeToString())
+    except MissingDependencyError:
+        return "not compared with ONNX Runtime, which is not installed (pip install 'dwindle[onnx]')"
+    except (DwindleError, ValueError) as error:
+        return f"not compared: {error}"
+    problem = ""
+    for length, below in _TRIED:
+        inputs = _inputs(builder, length, below)
+        try:
+            expected = runner.run(*inputs)
+        except UnsupportedModelError as error:
+            problem = str(error)
+            continue
+        fed = [_turned(builder, x) for x in inputs]
+        found = keras.tree.flatten(model.predict_on_batch(fed[0] if len(fed) == 1 else fed))
+        found = [np.asarray(y) for y in found]
+        found = [np.moveaxis(y, -1, 1) if turned else y for y, turned in zip(found, builder.turned, strict=True)]
+        shapes = [(y.shape, z.shape) for y, z in zip(found, expected, strict=True) if y.shape != z.shape]
+        if shapes:
+            raise VerificationError(f"an output has the shape {shapes[0][0]}; ONNX Runtime gives {shapes[0][1]}")
+        result = compare(expected, found, BOUND, reference="ONNX Runtime")
+        if not result.passed:
+            where = first_difference(builder, source, inputs)
+            raise VerificationError(
+                f"the model does not predict what ONNX Runtime predicts: the largest difference is "
+                f"{result.max_abs_error:.3g} (bound: {result.bound}); they part at {where}"
+            )
+        return f"agrees with ONNX Runtime: largest difference {result.max_abs_error:.2g} (bound: {result.bound})"
+    return f"not compared: {problem}"
+
+
+def _inputs(builder: Builder, length: int, below: int) -> list[np.ndarray]:
+    generator = np.random.default_rng(0)
+    found = []
+    for name, _, dtype in builder.graph.inputs:
+        value = builder.values[name]
+        shape = [n if isinstance(n, int) else _SAMPLES if axis == 0 else length for axis, n in enumerate(value.sizes)]
+        kind = np.dtype(dtype)
+        numbers = (
+            generator.random(shape)
+            if kind.kind == "f"
+            else generator.integers(0, below if kind.kind in "iu" else 2, shape)
+        )
+        found.append(numbers.astype(kind))
+    return found
+
+
+def _turned(builder: Builder, x: np.ndarray) -> np.ndarray:
+    return np.moveaxis(x, 1, -1) if builder.channels_last and x.ndim > 2 else x
+
+
+def first_difference(builder: Builder, source: Any, inputs: list[np.ndarray]) -> str:
+    """Return the first node whose result differs from ONNX Runtime's by more than the bound.
+
+    Args:
+        builder: What built the model, after `run`.
+        source: Path or `onnx.ModelProto`.
+        inputs: One array for each input, as the file has them.
+    """
+    onnx = require_onnx()
+    from dwindle.measuring.onnx_runtime import OnnxRunner
+
+    message = onnx.ModelProto()
+    message.CopyFrom(onnx.load(str(source)) if isinstance(source, str | Path) else source)
+    there = {value.name for value in (*message.graph.output, *message.graph.input)}
+    makers = {name: node for node in builder.graph.nodes for name in node.outputs}
+    names = [name for name, value in builder.values.items() if isinstance(value, Moving) and name in makers]
+    for name in names:
+        if name not in there:
+            message.graph.output.append(onnx.ValueInfoProto(name=name))
+    try:
+        runner = OnnxRunner(message.SerializeToString())
+        expected = dict(zip((spec.name for spec in runner.outputs), runner.run(*inputs), strict=True))
+    except (DwindleError, ValueError):
+        return "a node that is not known"
+    keys = [builder.values[name].tensor for name, _, _ in builder.graph.inputs]
+    fed = [_turned(builder, x) for x in inputs]
+    watched = keras.Model(keys, [builder.plain(builder.values[name]) for name in names])
+    found = watched.predict_on_batch(fed)
+    for name, value in zip(names, found, strict=True):
+        wanted = expected.get(name)
+        if wanted is None or wanted.shape != np.shape(value) or wanted.dtype.kind != "f":
+            continue
+        if not compare([wanted], [np.asarray(value)], BOUND, reference="").passed:
+            return f"{makers[name].kind} `{makers[name].name}`"
+    return "a node that is not known"
