@@ -262,3 +262,25 @@ def test_saving_and_loading_a_lifted_model(tmp_path):
     loaded = dw.load(tmp_path / "lifted.keras")
     assert isinstance(loaded, keras.Model)
     assert loaded.to_float_file() == lifted.to_float_file()
+
+
+@pytest.mark.parametrize("half", [False, True])
+def test_a_file_that_keeps_a_state_says_so(half):
+    class Listener(tf.Module):
+        def __init__(self):
+            self.past = tf.Variable(tf.zeros((1, 4, 6)))
+            self.kernel = constant(5, 6, 3)
+
+        @tf.function(input_signature=[tf.TensorSpec((1, 1, 6))])
+        def listen(self, frame):
+            window = tf.concat([self.past.read_value(), frame], 1)
+            self.past.assign(window[:, 1:])
+            return tf.nn.conv1d(window, self.kernel, 1, "VALID")
+
+    module = Listener()
+    converter = tf.lite.TFLiteConverter.from_concrete_functions([module.listen.get_concrete_function()], module)
+    converter.experimental_enable_resource_variables = True
+    if half:  # operators without inputs in a file that has to be widened
+        converter.optimizations, converter.target_spec.supported_types = [tf.lite.Optimize.DEFAULT], [tf.float16]
+    with pytest.raises(dw.UnsupportedModelError, match=r"keeps a state between runs \(\w+\), which can't be made"):
+        dw.lifting.lift(bytes(converter.convert()))

@@ -32,6 +32,20 @@ _OWN_GRID = {"SOFTMAX", "LOGISTIC", "TANH", "LOG_SOFTMAX", "L2_NORMALIZATION"}
 _STATEFUL = {"VAR_HANDLE", "READ_VARIABLE", "ASSIGN_VARIABLE", "CALL_ONCE", "SVDF", "HASHTABLE", "HASHTABLE_FIND"}
 
 
+def refuse_states(graph: Graph) -> None:
+    """Raise if a file keeps a state between runs.
+
+    Raises:
+        UnsupportedModelError: Naming the operator.
+    """
+    for operation in graph.operations:
+        if operation.name in _STATEFUL:
+            raise UnsupportedModelError(
+                f"the file keeps a state between runs ({operation.name}), which can't be made trainable; "
+                "its weights can be quantized after training"
+            )
+
+
 class Builder:
     """Walks a graph once and makes the Keras layers.
 
@@ -212,11 +226,6 @@ class Builder:
                 reason = f"{operation.name} `{operation.outputs[0].name}` is used in a form that has no entry"
                 self._names = names
                 del self.links[links:]
-        if operation.name in _STATEFUL:
-            raise UnsupportedModelError(
-                f"the file keeps a state between runs ({operation.name}), which can't be made trainable; "
-                "its weights can be quantized after training"
-            )
         return self._settled(operation, self._island(operation, inputs, reason), 1)
 
     def _by_entry(self, operation: Operation, inputs: list[Any], shift: int) -> list[Any]:

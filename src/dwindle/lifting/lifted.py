@@ -10,7 +10,7 @@ from typing import Any, cast
 import keras
 import numpy as np
 
-from dwindle.lifting.building import Builder
+from dwindle.lifting.building import Builder, refuse_states
 from dwindle.lifting.flatbuffer import read_graph, replace_constants
 from dwindle.lifting.float_files import as_float
 from dwindle.lifting.grids import Grids
@@ -191,6 +191,7 @@ def lift(source: Any, *, name: str | None = None) -> LiftedModel:
         name, content = name or source.name, float_file(source)
     else:
         content = source if isinstance(source, bytes) else Path(source).read_bytes()
+    refuse_states(read_graph(content))
     content, notes = as_float(content)
     return build_lifted(unshared(content), grids=None, name=name or "lifted", notes=notes)
 
@@ -215,7 +216,9 @@ def build_lifted(
         ranges: ``"fixed"``, ``"moving"`` or ``"learned"`` activation ranges.
     """
     power_of_two = bool(quantization and quantization["scheme"]["power_of_two"])
-    builder = Builder(content, read_graph(content), grids, ranges=ranges, power_of_two=power_of_two)
+    graph = read_graph(content)
+    refuse_states(graph)
+    builder = Builder(content, graph, grids, ranges=ranges, power_of_two=power_of_two)
     inputs, outputs = builder.run()
     islands = [f"runs frozen in the interpreter: {island}" for island in builder.islands]
     if quantization is not None:
