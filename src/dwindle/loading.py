@@ -21,12 +21,14 @@ def load(source: Any, inputs: Any = None, *, trust: bool = False, layout: str = 
 
     Args:
         source: Path of a ``.keras``, ``.h5``, ``.tflite`` or ``.onnx`` file or a SavedModel folder; an
-            `onnx.ModelProto`; or a `keras.Model`, which is returned as it is.
-        inputs: For ONNX: shapes of inputs whose lengths are open, by name, or the shape of the only input; None stands
+            `onnx.ModelProto`; a `torch.nn.Module`, which is exported to ONNX in memory; or a `keras.Model`, which is
+            returned as it is.
+        inputs: For PyTorch: an example tensor or a shape such as ``(1, 3, 224, 224)``, or a tuple of them. For ONNX:
+            shapes of inputs whose lengths are open, by name, or the shape of the only input; None stands
             for a length that stays open, such as ``(None, 3, 224, 224)``.
         trust: Whether code that comes with a file (Lambda layers) may run. Only for files whose origin you know.
-        layout: For ONNX: ``"source"`` keeps the order of the axes of inputs and outputs; ``"channels_last"`` gives
-            them their channels last, as Keras and LiteRT have them.
+        layout: For ONNX and PyTorch: ``"source"`` keeps the order of the axes of inputs and outputs;
+            ``"channels_last"`` gives them their channels last, as Keras and LiteRT have them.
 
     Returns:
         A Keras model; from ``.tflite`` a `dwindle.lifting.LiftedModel`.
@@ -47,7 +49,11 @@ def load(source: Any, inputs: Any = None, *, trust: bool = False, layout: str = 
 
         return lift_onnx(source, inputs=inputs, layout=layout)
     if not isinstance(source, str | Path):
-        raise ConfigError(f"`source` is a {type(source).__name__}; pass a path or a keras.Model")
+        from dwindle.sources import torch_module
+
+        if torch_module.is_module(source):
+            return torch_module.read(source, inputs, layout)
+        raise ConfigError(f"`source` is a {type(source).__name__}; pass a path, a keras.Model or a torch.nn.Module")
     path = Path(source)
     if not path.exists():
         raise ConfigError(f"`{path}` does not exist; pass a model file: {', '.join(SUFFIXES)} or a SavedModel folder")

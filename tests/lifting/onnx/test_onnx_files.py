@@ -143,6 +143,36 @@ def test_attention(tmp_path):
     assert dw.export(model, tmp_path / "m.tflite").verification.passed
 
 
+def test_samples_and_positions_on_one_axis():
+    node = helper.make_node
+    nodes = [node("Transpose", ["x"], ["a"], perm=[1, 0, 2]), node("Reshape", ["a", "flat"], ["b"]),
+             node("MatMul", ["b", "w"], ["c"]), node("Tanh", ["c"], ["d"]), node("Reshape", ["d", "back"], ["e"]),
+             node("Transpose", ["e"], ["y"], perm=[1, 0, 2])]  # fmt: skip
+    constants = {"flat": np.array([-1, 8]), "w": floats(8, 4), "back": np.array([6, -1, 4])}
+    message = graph_of(nodes, constants, {"x": ("N", 6, 8)}, {"y": ("N", 6, 4)})
+    x = floats(3, 6, 8)
+    model = dw.load(message)
+    assert model.output_shape == (None, 6, 4)
+    np.testing.assert_allclose(model(x), run(message, x), atol=1e-5)
+
+
+def test_three_axes_are_turned_where_they_have_channels():
+    sound = graph_of([helper.make_node("Conv", ["x", "w"], ["y"])], {"w": floats(4, 2, 3)}, {"x": ("N", 2, 9)},
+                     {"y": ("N", 4, 7)})  # fmt: skip
+    steps = graph_of([helper.make_node("MatMul", ["x", "w"], ["y"])], {"w": floats(9, 4)}, {"x": ("N", 2, 9)},
+                     {"y": ("N", 2, 4)})  # fmt: skip
+    assert dw.load(sound, layout="channels_last").input_shape == (None, 9, 2)
+    assert dw.load(steps, layout="channels_last").input_shape == (None, 2, 9)
+
+
+def test_names_that_look_like_counted_ones():
+    nodes = [helper.make_node("Conv", ["x", "w"], ["a"], name="conv", pads=[0, 0, 1, 1], strides=[2, 2]),
+             helper.make_node("Conv", ["a", "w"], ["y"], name="conv_1", pads=[0, 0, 1, 1], strides=[2, 2])]  # fmt: skip
+    message = graph_of(nodes, {"w": floats(3, 3, 3, 3)}, {"x": ("N", 3, 9, 9)}, {"y": ("N", 3, 2, 2)})
+    names = [layer.name for layer in dw.load(message).layers]
+    assert len(set(names)) == len(names)
+
+
 def test_lengths_that_stay_open(tmp_path):
     nodes = [helper.make_node("Conv", ["x", "w"], ["a"], pads=[1, 1, 1, 1]), helper.make_node("Shape", ["a"], ["s"]),
              helper.make_node("Relu", ["a"], ["y"])]  # fmt: skip

@@ -15,9 +15,12 @@ from dwindle.lifting.onnx.folding import fold
 from dwindle.lifting.onnx.graph import Graph, Node, read_by, subgraph
 from dwindle.lifting.onnx.operators import OPERATORS
 from dwindle.lifting.onnx.patterns import simplified
-from dwindle.lifting.onnx.sizes import known
+from dwindle.lifting.onnx.sizes import Size, known
 from dwindle.lifting.onnx.values import Arranger, Moving, of
 
+# Operators that want channels on the second axis.
+_SPATIAL = {"Conv", "ConvTranspose", "MaxPool", "AveragePool", "GlobalAveragePool", "GlobalMaxPool",
+            "BatchNormalization", "InstanceNormalization", "GroupNormalization"}  # fmt: skip
 # Operators whose result depends on the shapes of their inputs alone.
 _OF_SHAPES = {"Shape", "Size"}
 
@@ -50,9 +53,11 @@ class Builder(Arranger):
             for name in read_by(node):
                 self._readers.setdefault(name, []).append(node)
         self._taken: set[int] = set()
-        self._names: dict[str, int] = {}
+        self._names: set[str] = set()
+        self._given = {_base(node.name) for node in self._nodes}
         self._layers: dict[str, Any] = {}
         self._node: Node | None = None
+        self._open: set[Size] = set()
         self._reserve_names()
 
     def run(self) -> tuple[Any, Any]:
@@ -72,7 +77,7 @@ class Builder(Arranger):
         if lengths[:1] == [1] and self.open_batch:
             lengths[0] = None
         order = list(range(len(lengths)))
-        if self.channels_last and len(lengths) > 2:
+        if self.channels_last and (len(lengths) > 3 or (len(lengths) == 3 and self._is_spatial(name))):
             order = [0, *order[2:], 1]
         if dtype == "object":
             raise UnsupportedModelError(f"input `{name}` is text; only numbers are read")
@@ -80,6 +85,11 @@ class Builder(Arranger):
         key = keras.Input(batch_shape=[lengths[k] for k in order], dtype=held, name=self.name(name))
         self.values[name] = of(key, order, unknown=name)
         return key
+
+    def _is_spatial(self, name: str) -> bool:
+        """Return whether an input with three axes has channels and space, rather than steps and features."""
+        kinds = {node.kind for node in self._readers.get(name, ())}
+        return bool(kinds & _SPATIAL)
 
     def _output(self, name: str) -> Any:
         value = self.values.get(name)
@@ -102,6 +112,7 @@ class Builder(Arranger):
     def _operate(self, node: Node) -> None:
         inputs = [self._read(name) for name in node.inputs]
         self._node = node
+        self._open = {n for value in inputs if isinstance(value, Moving) for n in value.sizes if isinstance(n, Size)}
         if node.kind in _OF_SHAPES and isinstance(inputs[0], Moving):
             self.values[node.outputs[0]] = _shape(node, inputs[0])
             return
@@ -155,7 +166,12 @@ class Builder(Arranger):
     def value(self, tensor: Any, axes: Sequence[int] | None = None, *, at_least_zero: bool = False) -> Moving:
         """Return a value for a Keras tensor."""
         unknown = self._node.outputs[0] if self._node is not None else ""
-        return of(tensor, axes, unknown=unknown, at_least_zero=at_least_zero)
+        found = of(tensor, axes, unknown=unknown, at_least_zero=at_least_zero)
+        if tuple(tensor.shape).count(None) == 1 and len(self._open) == 1:
+            # Samples and positions may lie on one axis; what is computed from them does as well.
+            (length,) = self._open
+            found.sizes = tuple(length if isinstance(n, Size) else n for n in found.sizes)
+        return found
 
     def note(self, text: str) -> None:
         """Write down what the user should know."""
@@ -207,23 +223,29 @@ class Builder(Arranger):
 
     def name(self, given: str) -> str:
         """Return a name that no layer has yet, close to the file's."""
-        base = re.sub(r"[^A-Za-z0-9_.-]+", "_", given.split(":")[0]).strip("_.-") or "node"
-        count = self._names.get(base, 0)
-        self._names[base] = count + 1
-        found = base if count == 0 else f"{base}_{count}"
-        return self.name(found) if count and found in self._names else found
+        base = _base(given)
+        found, count = base, 0
+        while found in self._names or (count and found in self._given):
+            count += 1
+            found = f"{base}_{count}"
+        self._names.add(found)
+        return found
 
     def _reserve_names(self) -> None:
         """Keep the names that layers will have out of those that Keras gives to operations without a layer."""
         highest: dict[str, int] = {}
         for node in self._nodes:
-            base = re.sub(r"[^A-Za-z0-9_.-]+", "_", node.name.split(":")[0]).strip("_.-") or "node"
+            base = _base(node.name)
             prefix, _, count = base.rpartition("_")
             pair = (prefix, int(count)) if prefix and count.isdigit() and len(count) < 6 else (base, 0)
             highest[pair[0]] = max(highest.get(pair[0], 0), pair[1]) + 1
         for prefix, most in highest.items():
             while keras.backend.get_uid(prefix) <= most:
                 pass
+
+
+def _base(name: str) -> str:
+    return re.sub(r"[^A-Za-z0-9_.-]+", "_", name.split(":")[0]).strip("_.-") or "node"
 
 
 def _shape(node: Node, value: Moving) -> np.ndarray:

@@ -49,7 +49,7 @@ def check(builder: Builder, model: keras.Model, source: Any) -> str:
         except UnsupportedModelError as error:
             problem = str(error)
             continue
-        fed = [_turned(builder, x) for x in inputs]
+        fed = [_turned(builder, name, x) for (name, _, _), x in zip(builder.graph.inputs, inputs, strict=True)]
         found = keras.tree.flatten(model.predict_on_batch(fed[0] if len(fed) == 1 else fed))
         found = [np.asarray(y) for y in found]
         found = [np.moveaxis(y, -1, 1) if turned else y for y, turned in zip(found, builder.turned, strict=True)]
@@ -83,8 +83,8 @@ def _inputs(builder: Builder, length: int, below: int) -> list[np.ndarray]:
     return found
 
 
-def _turned(builder: Builder, x: np.ndarray) -> np.ndarray:
-    return np.moveaxis(x, 1, -1) if builder.channels_last and x.ndim > 2 else x
+def _turned(builder: Builder, name: str, x: np.ndarray) -> np.ndarray:
+    return x.transpose(builder.values[name].axes)
 
 
 def first_difference(builder: Builder, source: Any, inputs: list[np.ndarray]) -> str:
@@ -112,7 +112,7 @@ def first_difference(builder: Builder, source: Any, inputs: list[np.ndarray]) ->
     except (DwindleError, ValueError):
         return "a node that is not known"
     keys = [builder.values[name].tensor for name, _, _ in builder.graph.inputs]
-    fed = [_turned(builder, x) for x in inputs]
+    fed = [_turned(builder, name, x) for (name, _, _), x in zip(builder.graph.inputs, inputs, strict=True)]
     watched = keras.Model(keys, [builder.plain(builder.values[name]) for name in names])
     found = watched.predict_on_batch(fed)
     for name, value in zip(names, found, strict=True):
