@@ -219,3 +219,18 @@ def test_lower_precision_is_analysed_like_full(policy):
     assert [group.size for group in low if group.pinned is None] == [8, 5]
     small = plan_channels(build(policy), ChannelOptions(sparsity=0.5)).apply()
     assert small.layers[1].compute_dtype == policy.removeprefix("mixed_")
+
+
+def test_samples_on_another_axis_pin_what_would_have_to_be_tried():
+    inputs = keras.Input((5, 6))
+    x = ops.transpose(L.Dense(8, name="first")(inputs), (1, 0, 2))
+    x = L.Add()([x, L.Dense(8, name="second")(L.Dense(12, activation="gelu", name="hidden")(x))])
+    model = settle(head(inputs, ops.transpose(ops.reshape(x, (5, -1, 2, 4)), (1, 0, 2, 3))))
+    plan = plan_channels(model, ChannelOptions(sparsity=0.5, criterion="random"))
+    reasons = " ".join(plan.groups.pinned)
+    assert "has samples on another axis than the first" in reasons
+    pinned = {name for names in plan.groups.pinned.values() for name in names}
+    assert {"first", "second"} <= pinned
+    assert "hidden" not in pinned
+    assert plan.parameters[1] < plan.parameters[0]
+    assert difference(plan, [np.random.default_rng(0).normal(size=(4, 5, 6)).astype(np.float32)]) < 1e-5

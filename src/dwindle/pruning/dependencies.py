@@ -184,6 +184,11 @@ class Walk:
         """Find the labels of what an operation returns by running it."""
         given = values_in(revive(node["args"], values), revive(node["kwargs"], values))
         kind = type(operation).__name__
+        if any(value.shape[0] not in (1, self.analysis.batch) for value in given if value.shape):
+            # A trial runs samples that lie on the first axis.
+            for value in given:
+                self.analysis.pin(value, f"`{path}` ({kind}) has samples on another axis than the first")
+            return self._unlabelled(operation, revive(node["args"], values), revive(node["kwargs"], values))
         try:
             return Trial(self.analysis, operation, entry, path, number, node, given, values).outputs()
         # Whatever an operation raises when it is given other numbers than it was made for, it can't be cut.

@@ -70,8 +70,8 @@ def of(tensor: Any, axes: Sequence[int] | None = None, *, unknown: str = "", at_
         at_least_zero: See `Moving`.
     """
     if getattr(tensor, "sparse", False):
-        # Keras takes the product with a number for a sparse tensor (as of 3.15), and then refuses to work with it.
-        tensor._sparse = False
+        # Keras takes the product with a number for a sparse tensor (as of 3.15), which layers can't be called with.
+        tensor = keras.ops.cast(tensor, tensor.dtype)
     shape = list(tensor.shape)
     order = tuple(range(len(shape))) if axes is None else tuple(axes)
     lengths = [
