@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from dwindle.errors import ConfigError
+from dwindle.loading import LAYOUTS
 
 MET, BAD_INPUT, NOT_MET, INTERRUPTED = 0, 2, 3, 130
 
@@ -40,7 +41,7 @@ def source_options(sub: argparse.ArgumentParser) -> None:
         help="shape of an input of an .onnx whose lengths are open, such as x=?,3,224,224; repeatable",
     )  # fmt: skip
     sub.add_argument(
-        "--layout", default="source", choices=["source", "channels_last"],
+        "--layout", default=LAYOUTS[0], choices=LAYOUTS,
         help="channels_last: inputs and outputs of an .onnx get their channels last (default: as in the file)",
     )  # fmt: skip
 

@@ -141,22 +141,23 @@ def evaluation_split(runner: Runner, data: Data) -> Split:
     Where an ONNX file wants images with channels first and the data has them last, they are moved.
     """
     shapes = [tuple(None if size < 0 else size for size in spec.shape[1:]) for spec in runner.inputs]
-    if isinstance(runner, LiteRTRunner):
-        return _fitted_split(runner, data, shapes)
+    turned = [(*shape[1:], shape[0]) if len(shape) > 1 else shape for shape in shapes]
     try:
         return _fitted_split(runner, data, shapes)
     except DataError:
-        if not any(len(shape) > 1 for shape in shapes):
+        if isinstance(runner, LiteRTRunner) or not _fits(runner, data, turned):
             raise
-        turned = [(*shape[1:], shape[0]) if len(shape) > 1 else shape for shape in shapes]
-        try:
-            split = _fitted_split(runner, data, turned)
-        except DataError:
-            split = None
-        if split is None:
-            raise
+    split = _fitted_split(runner, data, turned)
     moved = [np.moveaxis(x, -1, 1) if x.ndim > 2 else x for x in split.x]
     return replace(split, x=tuple(moved))
+
+
+def _fits(runner: Runner, data: Data, shapes: list[Any]) -> bool:
+    try:
+        _fitted_split(runner, data, shapes)
+    except DataError:
+        return False
+    return True
 
 
 def _fitted_split(runner: Runner, data: Data, shapes: list[Any]) -> Split:

@@ -137,9 +137,7 @@ def _inspect_onnx(path: Path) -> Inspection:
             Row(
                 index=index, op=node.kind, name=node.name, output_shape=graph.shapes.get(node.outputs[0], ()),
                 parameters=sum(array.size for array in numbers), size_bytes=sum(array.nbytes for array in arrays),
-                bits=0 if largest is None else largest.dtype.itemsize * 8,
-                sparsity=0.0 if largest is None or largest.size == 0 else float((largest == 0).mean()),
-                distinct=0 if largest is None else int(np.unique(largest).size),
+                **_of_weight(largest),
             )
         )  # fmt: skip
     size, _ = content_of(path)
@@ -169,14 +167,20 @@ def inspect_model(model: Any) -> Inspection:
                 output_shape=tuple(1 if v is None else int(v) for v in getattr(shape, "shape", ())),
                 parameters=sum(array.size for array in arrays),
                 size_bytes=sum(array.nbytes for array in arrays),
-                bits=0 if largest is None else largest.dtype.itemsize * 8,
-                sparsity=0.0 if largest is None or largest.size == 0 else float((largest == 0).mean()),
-                distinct=0 if largest is None else int(np.unique(largest).size),
+                **_of_weight(largest),
             )
         )  # fmt: skip
     weights = sum(row.size_bytes for row in rows)
     parameters = sum(row.parameters for row in rows)
     return Inspection(rows=tuple(rows), size_bytes=weights, weights_bytes=weights, parameters=parameters)
+
+
+def _of_weight(weight: np.ndarray | None) -> dict[str, Any]:
+    """Return the fields of a row that its largest weight tells."""
+    if weight is None or weight.size == 0:
+        return {"bits": 0, "sparsity": 0.0, "distinct": 0}
+    sparsity = float((weight == 0).mean())
+    return {"bits": weight.dtype.itemsize * 8, "sparsity": sparsity, "distinct": int(np.unique(weight).size)}
 
 
 def _is_own(layer: Any, variable: Any) -> bool:

@@ -43,15 +43,12 @@ def measure_memory(path: str | Path) -> Memory:
     Raises:
         UnsupportedModelError: If LiteRT can't run the file.
     """
-    if is_onnx(path):
-        resident = _ask("onnx", path)
-        if "bytes" not in resident:
-            raise UnsupportedModelError(f"`{path}`: RAM can't be measured: {resident.get('note')}")
-        note = "TensorFlow Lite Micro runs .tflite files"
-        return Memory(resident_bytes=resident["bytes"], arena_bytes=None, arena_note=note)
-    resident = _ask("resident", path)
+    resident = _ask("onnx" if is_onnx(path) else "resident", path)
     if "bytes" not in resident:
         raise UnsupportedModelError(f"`{path}`: RAM can't be measured: {resident.get('note')}")
+    if is_onnx(path):
+        note = "TensorFlow Lite Micro runs .tflite files"
+        return Memory(resident_bytes=resident["bytes"], arena_bytes=None, arena_note=note)
     arena = _ask("arena", path)
     return Memory(resident_bytes=resident["bytes"], arena_bytes=arena.get("bytes"), arena_note=arena.get("note"))
 

@@ -126,8 +126,10 @@ def _compare(module: Any, model: Any, examples: Sequence[Any], layout: str) -> f
         pairs = zip(fed, model.inputs, strict=True)
         fed = [x if _fits(x.shape, key.shape) and x.ndim < 4 else np.moveaxis(x, 1, -1) for x, key in pairs]
     found = [np.asarray(y) for y in keras.tree.flatten(model.predict_on_batch(fed[0] if len(fed) == 1 else fed))]
+    if len(found) != len(expected):
+        raise VerificationError(f"the model has {len(found)} outputs, and PyTorch gives {len(expected)}")
     worst = 0.0
-    for wanted, given in zip(expected, found, strict=False):
+    for wanted, given in zip(expected, found, strict=True):
         given = np.moveaxis(given, -1, 1) if given.shape != wanted.shape and given.ndim > 2 else given
         if given.shape != wanted.shape:
             raise VerificationError(f"an output has the shape {given.shape}; PyTorch gives {wanted.shape}")

@@ -5,7 +5,7 @@ import warnings
 import keras
 import numpy as np
 import pytest
-from onnx import TensorProto, helper, numpy_helper
+from onnx import TensorProto, ValueInfoProto, helper, numpy_helper
 
 from dwindle.errors import DwindleError
 from dwindle.lifting.onnx.building import Builder
@@ -33,14 +33,11 @@ def model_of(kind, shapes, constants=(), outputs=1, version=18, dtype=TensorProt
             stored.append(numpy_helper.from_array(np.asarray(value), f"c{k}"))
     ends = [f"y{k}" for k in range(outputs)]
     node = helper.make_node(kind, names, ends, name="node", **attributes)
-    graph = helper.make_graph([node], "g", inputs, [helper.make_empty_tensor_value_info(n) for n in ends], stored)
-    for value in graph.output:
-        value.type.tensor_type.elem_type = 0
-        value.ClearField("type")
+    graph = helper.make_graph([node], "g", inputs, [ValueInfoProto(name=n) for n in ends], stored)
     return helper.make_model(graph, opset_imports=[helper.make_opsetid("", version)], ir_version=9)
 
 
-def agrees(message, inputs=None, layout="source"):
+def assert_agrees(message, inputs=None, layout="source"):
     """Check that a lifted model gives what ONNX Runtime gives, for three samples where it takes several."""
     runner = OnnxRunner(message.SerializeToString())
     inputs = inputs or [floats(*(3 if n < 0 else n for n in spec.shape)) for spec in runner.inputs]
@@ -170,12 +167,12 @@ def test_entry_against_onnx_runtime(kind, number):
     case = dict(CASES[kind][number])
     batch = case.pop("batch", N)
     case["shapes"] = [tuple(batch if n == N else n for n in shape) for shape in case["shapes"]]
-    agrees(model_of(kind, **case))
+    assert_agrees(model_of(kind, **case))
 
 
 @pytest.mark.parametrize("kind", SIMPLE)
 def test_simple_entry_against_onnx_runtime(kind):
-    agrees(model_of(kind, [(N, 3, 5, 4)]))
+    assert_agrees(model_of(kind, [(N, 3, 5, 4)]))
 
 
 @pytest.mark.parametrize("kind", ["Add", "Sub", "Mul", "Div", "Max", "Min", "Pow"])
@@ -183,7 +180,7 @@ def test_simple_entry_against_onnx_runtime(kind):
 def test_constants_broadcast(kind, constant):
     value = np.abs(floats(*constant)) + 0.5
     shape = (3, 5, 4) if constant == (5, 4) else (3, 4, 4)
-    agrees(model_of(kind, [(N, *shape)], [value]), [np.abs(floats(2, *shape))])
+    assert_agrees(model_of(kind, [(N, *shape)], [value]), [np.abs(floats(2, *shape))])
 
 
 @pytest.mark.parametrize("samples", [1, 3])
@@ -232,7 +229,7 @@ def case_passes(case):
                 found = [keras.ops.convert_to_numpy(y) for y in keras.tree.flatten(model(fed[0] if kept == 1 else fed))]
             else:
                 builder = Builder(graph, open_batch=False)
-                builder.walk(builder._nodes)
+                builder.walk(builder.nodes)
                 found = [builder.values[name] for name in graph.outputs]
             for a, b in zip(found, outputs, strict=True):
                 b = np.asarray(b)

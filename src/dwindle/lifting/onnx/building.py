@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import keras
 import numpy as np
 
 from dwindle.errors import UnsupportedModelError
+from dwindle.lifting.constants import Repeated
 from dwindle.lifting.onnx.folding import fold
 from dwindle.lifting.onnx.graph import Graph, Node, read_by, subgraph
 from dwindle.lifting.onnx.operators import OPERATORS
@@ -35,6 +37,7 @@ class Builder(Arranger):
             channels last.
 
     Attributes:
+        nodes: What is built, without nodes that no output needs.
         notes: What the user should know.
         turned: For each output whether it has its channels last, other than in the file.
     """
@@ -47,14 +50,14 @@ class Builder(Arranger):
         self.notes: list[str] = []
         self.turned: list[bool] = []
         self.values: dict[str, Any] = dict(graph.constants)
-        self._nodes = simplified(graph)
+        self.nodes = [replace(node) for node in simplified(graph)]  # what is taken in changes a node's ends
         self._readers: dict[str, list[Node]] = {}
-        for node in self._nodes:
+        for node in self.nodes:
             for name in read_by(node):
                 self._readers.setdefault(name, []).append(node)
         self._taken: set[int] = set()
         self._names: set[str] = set()
-        self._given = {_base(node.name) for node in self._nodes}
+        self._given = {_base(node.name) for node in self.nodes}
         self._layers: dict[str, Any] = {}
         self._node: Node | None = None
         self._open: set[Size] = set()
@@ -63,7 +66,7 @@ class Builder(Arranger):
     def run(self) -> tuple[Any, Any]:
         """Return the inputs and outputs of the model."""
         keys = [self._input(*described) for described in self.graph.inputs]
-        self.walk(self._nodes)
+        self.walk(self.nodes)
         return keys, [self._output(name) for name in self.graph.outputs]
 
     def walk(self, nodes: Sequence[Node]) -> None:
@@ -101,10 +104,7 @@ class Builder(Arranger):
             raise UnsupportedModelError(f"output `{name}` is made by no node; the file is damaged")
         if value.dtype == object:
             raise UnsupportedModelError(f"output `{name}` is a length that is not known before the model runs, or text")
-        from dwindle.lifting.constants import Repeated
-
         self.turned.append(False)
-
         like = next(self.values[given].tensor for given, _, _ in self.graph.inputs)
         layer = Repeated(shape=value.shape, samples=False, dtype=value.dtype.name, name=self.name(name))
         return self.filled(layer, like, value=value)
@@ -156,6 +156,8 @@ class Builder(Arranger):
         for inner in nodes:
             for name in read_by(inner):
                 self._readers.setdefault(name, []).append(inner)
+        for name in outputs:
+            self._readers.setdefault(name, []).append(node)
         self.walk(nodes)
         self._store(node, [self.values[name] for name in outputs])
 
@@ -216,9 +218,9 @@ class Builder(Arranger):
         found = accept(constant)
         if found is not None:
             self._taken.add(id(reader))
-            # The sum is this node's result.
+            # The sum is this node's result, and its constant one of this node's.
             node.outputs = (reader.outputs[0],)
-            self._node = node
+            node.inputs = (*(name for name in node.inputs if name), other)
         return found
 
     def name(self, given: str) -> str:
@@ -234,7 +236,7 @@ class Builder(Arranger):
     def _reserve_names(self) -> None:
         """Keep the names that layers will have out of those that Keras gives to operations without a layer."""
         highest: dict[str, int] = {}
-        for node in self._nodes:
+        for node in self.nodes:
             base = _base(node.name)
             prefix, _, count = base.rpartition("_")
             pair = (prefix, int(count)) if prefix and count.isdigit() and len(count) < 6 else (base, 0)

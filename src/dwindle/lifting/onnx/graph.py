@@ -50,7 +50,6 @@ class Graph:
         inputs: Name, shape (None for an open length, or its name) and NumPy type name.
         outputs: Names.
         version: Version of the standard operator set.
-        metadata: What the producer wrote down.
         shapes: Shapes of results as far as the file tells, 1 for open lengths.
     """
 
@@ -60,7 +59,6 @@ class Graph:
     inputs: list[tuple[str, tuple[Any, ...], str]]
     outputs: list[str]
     version: int
-    metadata: dict[str, str] = field(default_factory=dict)
     shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
 
 
@@ -108,16 +106,12 @@ def read_graph(source: Any) -> Graph:
         (value.name, *_described(value)) for value in graph.input if value.name not in constants
     ]  # fmt: skip
     nodes = _ordered(list(_nodes(graph, version)), {*constants, *(name for name, _, _ in inputs)})
-    metadata = {"producer": f"{model.producer_name} {model.producer_version}".strip()}
-    metadata |= {entry.key: entry.value for entry in model.metadata_props}
     shapes = {
         value.name: tuple(max(1, n.dim_value) for n in value.type.tensor_type.shape.dim)
         for value in (*graph.value_info, *graph.output)
         if value.type.HasField("tensor_type")
     }
-    return Graph(
-        graph.name, nodes, constants, inputs, [value.name for value in graph.output], version, metadata, shapes
-    )
+    return Graph(graph.name, nodes, constants, inputs, [value.name for value in graph.output], version, shapes)
 
 
 def _parsed(path: Path) -> Any:

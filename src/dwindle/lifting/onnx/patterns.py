@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -77,7 +77,13 @@ def _only(readers: dict[str, list[Node]], name: str, kind: str) -> Node | None:
     return those[0] if len(those) == 1 and those[0].kind == kind else None
 
 
-def _last_product(readers, makers, name, source, pair) -> Node | None:  # type: ignore[no-untyped-def]
+def _last_product(
+    readers: dict[str, list[Node]],
+    makers: dict[str, Node],
+    name: str,
+    source: str,
+    pair: Callable[[Node], tuple[str, float] | None],
+) -> Node | None:
     """Return the node that ends ``source * 0.5 * name``."""
     first = _only(readers, name, "Mul")
     if first is None:

@@ -11,6 +11,7 @@ from ai_edge_litert import schema_py_generated as schema
 
 from dwindle.errors import UnsupportedModelError
 from dwindle.lifting.flatbuffer import Operation, Tensor
+from dwindle.lifting.tables import registrar
 
 
 class Context(Protocol):
@@ -42,17 +43,7 @@ class Context(Protocol):
 
 Entry = Callable[[Context, Operation, list[Any]], Any]
 OPERATORS: dict[str, Entry] = {}
-
-
-def operator(*names: str) -> Callable[[Entry], Entry]:
-    """Register an entry for one or several operators."""
-
-    def register(entry: Entry) -> Entry:
-        for name in names:
-            OPERATORS[name] = entry
-        return entry
-
-    return register
+operator = registrar(OPERATORS)
 
 
 def unsupported(operation: Operation, what: str) -> UnsupportedModelError:

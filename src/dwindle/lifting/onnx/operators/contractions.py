@@ -57,7 +57,7 @@ def _product(context: Context, node: Node, inputs: Inputs) -> Any:
     a, b = inputs
     if is_constant(b) and b.ndim == 2 and b.dtype == np.float32 and a.rank > 1:
         bias = context.added_behind(node, lambda constant: _as_bias(constant, b.shape[1]))
-        return _dense(context, node, a, -1, b, bias, (1,))
+        return _dense(context, node, a, -1, b, bias, (1, 2))
     if is_constant(a) and a.ndim == 2 and a.dtype == np.float32 and b.rank > 1 and len(b.sizes) > 2:
         return _dense(context, node, b, -2, np.ascontiguousarray(a.T), None, (0,))
     if is_constant(a) or is_constant(b):

@@ -59,6 +59,7 @@ class Window:
             self.pads = [(0, 0)] * rank
         if any(n < 0 for pair in self.pads for n in pair):
             raise unsupported(node, "has negative padding")
+        self.extra = [0] * rank  # of the pads behind: what only fills a last window up
         self.ceil = bool(given.get("ceil_mode", 0)) and kind == "NOTSET"
         if self.ceil:
             self._widen(node, lengths)
@@ -68,7 +69,6 @@ class Window:
 
     def _widen(self, node: Node, lengths: Sequence[Any]) -> None:
         """Add behind what a last, incomplete window needs."""
-        self.extra = [0] * len(self.pads)
         for k, (n, s, r, (before, behind)) in enumerate(zip(lengths, self.strides, self.reach, self.pads, strict=True)):
             total = number(node, n) + before + behind
             count = ceil((total - r) / s) + 1
@@ -85,9 +85,8 @@ class Window:
     def counts(self, lengths: Sequence[int], *, with_pads: bool) -> np.ndarray:
         """Return how many entries lie in each window, of shape ``(1, *space, 1)``."""
         found = np.ones((), np.float32)
-        extra = getattr(self, "extra", [0] * len(self.pads))
         for n, s, d, size, (before, behind), more in zip(
-            lengths, self.strides, self.dilations, self.size, self.pads, extra, strict=True
+            lengths, self.strides, self.dilations, self.size, self.pads, self.extra, strict=True
         ):
             present = np.zeros(before + n + behind, np.float32)
             present[before : before + n] = 1
@@ -191,6 +190,24 @@ def _grouped(tensor: Any, kernel: Any, groups: int, window: Window, padding: str
     return ops.concatenate([ops.conv(a, b, **options) for a, b in parts], axis=-1)
 
 
+def _transposed_pads(
+    node: Node, lengths: list[Any], strides: Sequence[int], reach: Sequence[int], behind: Sequence[int]
+) -> Pairs:
+    """Return what a transposed convolution cuts off in front of and behind each axis."""
+    given, rank = node.attributes, len(lengths)
+    kind = given.get("auto_pad", "NOTSET")
+    if "output_shape" not in given and not kind.startswith("SAME"):
+        flat = given.get("pads") or [0] * 2 * rank
+        return list(zip(flat[:rank], flat[rank:], strict=True))
+    wanted = given.get("output_shape") or [number(node, n) * s for n, s in zip(lengths, strides, strict=True)]
+    pads = []
+    for n, s, r, o, w in zip(lengths, strides, reach, behind, wanted, strict=True):
+        total = s * (number(node, n) - 1) + o + r - w
+        small = total // 2
+        pads.append((small, total - small) if kind == "SAME_UPPER" else (total - small, small))
+    return pads
+
+
 @operator("ConvTranspose")
 def _transposed(context: Context, node: Node, inputs: Inputs) -> Any:
     value, kernel, bias = moving(node, inputs[0]), inputs[1], optional(inputs, 2)
@@ -204,17 +221,7 @@ def _transposed(context: Context, node: Node, inputs: Inputs) -> Any:
         kernel = _dilated(node, kernel, dilations)
         size, dilations = reach, [1] * rank
     behind = given.get("output_padding") or [0] * rank
-    if "output_shape" in given or given.get("auto_pad", "NOTSET").startswith("SAME"):
-        wanted = given.get("output_shape") or [number(node, n) * s for n, s in zip(lengths, strides, strict=True)]
-        pads = []
-        for n, s, r, o, w in zip(lengths, strides, reach, behind, wanted, strict=True):
-            total = s * (number(node, n) - 1) + o + r - w
-            small = total // 2
-            upper = given.get("auto_pad", "NOTSET") == "SAME_UPPER"
-            pads.append((small, total - small) if upper else (total - small, small))
-    else:
-        flat = given.get("pads") or [0] * 2 * rank
-        pads = list(zip(flat[:rank], flat[rank:], strict=True))
+    pads = _transposed_pads(node, lengths, strides, reach, behind)
     order = channels_last(value.rank)
     tensor = context.arranged(value, order)
     # What Keras computes without padding has max(reach - stride, 0) entries behind the last stride.

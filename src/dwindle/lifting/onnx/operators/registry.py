@@ -10,6 +10,7 @@ import numpy as np
 from dwindle.errors import UnsupportedModelError
 from dwindle.lifting.onnx.graph import Node
 from dwindle.lifting.onnx.values import Moving
+from dwindle.lifting.tables import registrar
 
 
 class Context(Protocol):
@@ -55,17 +56,7 @@ class Context(Protocol):
 Inputs = Sequence[Any]
 Entry = Callable[[Context, Node, Inputs], Any]
 OPERATORS: dict[str, Entry] = {}
-
-
-def operator(*names: str) -> Callable[[Entry], Entry]:
-    """Register an entry for one or several operators."""
-
-    def register(entry: Entry) -> Entry:
-        for name in names:
-            OPERATORS[name] = entry
-        return entry
-
-    return register
+operator = registrar(OPERATORS)
 
 
 def unsupported(node: Node, what: str) -> UnsupportedModelError:
