@@ -1,5 +1,6 @@
-"""PyTorch modules: loaded, compared, trained, pruned, exported. Needs `dwindle[torch]`; skipped without it."""
+"""PyTorch modules: loaded, compared, trained, pruned, written in int8. Needs `dwindle[torch]`; skipped without it."""
 
+import keras
 import numpy as np
 import pytest
 
@@ -7,80 +8,71 @@ import dwindle as dw
 
 torch = pytest.importorskip("torch")
 pytest.importorskip("onnxscript")
+from torch_zoo import KINDS  # noqa: E402
+
 # PyTorch's exporter warns about its own code.
 pytestmark = pytest.mark.filterwarnings("ignore")
-nn = torch.nn
 
 
-class Residual(nn.Module):
-    def __init__(self, channels):
-        super().__init__()
-        self.body = nn.Sequential(nn.Conv2d(channels, channels, 3, padding=1, bias=False), nn.BatchNorm2d(channels))
-
-    def forward(self, x):
-        return torch.relu(x + self.body(x))
-
-
-class Attention(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.table = nn.Embedding(50, 16)
-        layer = nn.TransformerEncoderLayer(16, 2, 32, batch_first=True, activation="gelu")
-        self.body = nn.TransformerEncoder(layer, 1, enable_nested_tensor=False)
-        self.head = nn.Linear(16, 3)
-
-    def forward(self, ids):
-        return self.head(self.body(self.table(ids))[:, 0])
-
-
-class Recurrent(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.body = nn.LSTM(5, 8, batch_first=True, bidirectional=True)
-        self.head = nn.Linear(16, 3)
-
-    def forward(self, x):
-        return self.head(self.body(x)[0][:, -1])
-
-
-def convolutional():
+def made(name):
+    make, inputs = KINDS[name]
     torch.manual_seed(0)
-    stem = nn.Sequential(nn.Conv2d(3, 8, 3, stride=2, padding=1, bias=False), nn.BatchNorm2d(8), nn.SiLU())
-    return nn.Sequential(stem, Residual(8), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 4))
+    module = make()
+    for part in module.modules():
+        if isinstance(part, torch.nn.BatchNorm1d | torch.nn.BatchNorm2d):
+            part.running_mean.normal_()
+            part.running_var.uniform_(0.5, 2)
+    return module, inputs
 
 
-def test_a_network_of_images(tmp_path):
-    module = convolutional()
-    module.train()
-    model = dw.load(module, inputs=(1, 3, 16, 16), layout="channels_last")
-    assert module.training
-    assert model.input_shape == (None, 16, 16, 3)
-    assert model.notes[0].startswith("agrees with PyTorch")
-    x = np.random.default_rng(0).random((6, 16, 16, 3)).astype(np.float32)
+@pytest.mark.parametrize("name", KINDS)
+def test_every_kind(name, tmp_path):
+    module, inputs = made(name)
+    model = dw.load(module, inputs=inputs, layout="channels_last")
+    rng = np.random.default_rng(0)
+    x = [
+        rng.random((6, *key.shape[1:])).astype(np.float32) if "float" in key.dtype else rng.integers(0, 100, (6, 16))
+        for key in model.inputs
+    ]
     module.eval()
     with torch.no_grad():
-        expected = module(torch.as_tensor(x.transpose(0, 3, 1, 2))).numpy()
-    np.testing.assert_allclose(model(x), expected, atol=1e-5)
+        turned = [np.moveaxis(a, -1, 1) if a.ndim > 3 or name == "sound" else a for a in x]
+        expected = module(*map(torch.as_tensor, turned)).numpy()
+    x = x[0] if len(x) == 1 else x
+    found = np.asarray(model(x))
+    found = np.moveaxis(found, -1, 1) if found.ndim > 3 else found
+    np.testing.assert_allclose(found, expected, atol=1e-5)
+
     model.compile("adam", "mse")
-    model.fit(x, np.zeros((6, 4)), verbose=0)
+    before = [np.asarray(v) for v in model.trainable_variables]
+    model.fit(x, np.zeros(model(x).shape, np.float32), verbose=0)
+    moved = [not np.array_equal(a, b) for a, b in zip(before, model.trainable_variables, strict=True)]
+    # Biases in front of a softmax over positions, or of a group's mean, have no gradient.
+    assert sum(moved) > 0.8 * len(moved)
     slim = dw.prune(model, 0.5, structure="channel")
-    assert slim.count_params() < model.count_params()
+    assert slim.count_params() < 0.9 * model.count_params()
     assert dw.export(slim, tmp_path / "m.tflite", "int8", x).verification.passed
+    slim.save(tmp_path / "m.keras")
+    np.testing.assert_array_equal(dw.load(tmp_path / "m.keras")(x), slim(x))
 
 
-@pytest.mark.parametrize(
-    ("module", "inputs"), [(Attention, torch.randint(0, 50, (2, 7))), (Recurrent, (1, 9, 5))], ids=["attention", "lstm"]
-)
-def test_sequences(module, inputs, tmp_path):
-    model = dw.load(module(), inputs=inputs)
+def test_the_module_is_left_as_it_was():
+    module, inputs = made("resnet")
+    module.train()
+    module[2].eval()
+    model = dw.load(module, inputs=inputs)
+    assert model.input_shape == (None, 3, 32, 32)
     assert model.notes[0].startswith("agrees with PyTorch")
-    assert dw.export(model, tmp_path / "m.tflite").verification.passed
+    assert module.training
+    assert not module[2].training
+    assert sum(isinstance(layer, keras.layers.BatchNormalization) for layer in model.layers) == 6
 
 
 def test_inputs_are_needed():
+    module, _ = made("resnet")
     with pytest.raises(dw.ConfigError, match="does not know its input shapes; pass inputs="):
-        dw.load(convolutional())
+        dw.load(module)
     with pytest.raises(dw.ConfigError, match="`inputs` holds a str"):
-        dw.load(convolutional(), inputs="image")
+        dw.load(module, inputs="image")
     with pytest.raises(dw.DwindleError, match="PyTorch can't export the module `Sequential`"):
-        dw.load(convolutional(), inputs=(1, 5, 16, 16))
+        dw.load(module, inputs=(1, 5, 16, 16))

@@ -92,8 +92,10 @@ def _exported(module: Any, examples: tuple[Any, ...]) -> Any:
     for arguments, dynamic in ((several, True), (examples, False)):
         shapes = tuple({0: torch.export.Dim.DYNAMIC} if x.ndim else None for x in arguments) if dynamic else None
         try:
+            # Not optimized: the exporter would fold normalizations into what is in front of them.
+            options = {"dynamic_shapes": shapes, "dynamo": True, "verbose": False, "optimize": False}
             with _quietly(), torch.no_grad():
-                program = torch.onnx.export(module, arguments, dynamic_shapes=shapes, dynamo=True, verbose=False)
+                program = torch.onnx.export(module, arguments, **options)
             return program.model_proto
         except Exception as error:
             problem = problem or error

@@ -167,6 +167,17 @@ def test_three_axes_are_turned_where_they_have_channels():
     assert dw.load(steps, layout="channels_last").input_shape == (None, 2, 9)
 
 
+@pytest.mark.parametrize("split", [np.array(3), np.array([3, 3, 2])])
+def test_sequences_of_parts(split):
+    node = helper.make_node
+    nodes = [node("SplitToSequence", ["x", "split"], ["s"], axis=1), node("SequenceAt", ["s", "last"], ["a"]),
+             node("SequenceAt", ["s", "first"], ["b"]), node("Concat", ["a", "b"], ["y"], axis=1)]  # fmt: skip
+    constants = {"split": split, "last": np.array(-1), "first": np.array(0)}
+    message = graph_of(nodes, constants, {"x": ("N", 8)}, {"y": ("N", 5)})
+    x = floats(3, 8)
+    np.testing.assert_array_equal(dw.load(message)(x), run(message, x))
+
+
 def test_one_kernel_with_two_sums_behind_it():
     node = helper.make_node
     nodes = [node("MatMul", ["x", "w"], ["a"]), node("Add", ["a", "b"], ["c"]), node("MatMul", ["c", "w"], ["d"]),

@@ -119,7 +119,7 @@ class Builder(Arranger):
         if node.kind == "If":
             self._branch(node, inputs[0])
             return
-        if not any(isinstance(value, Moving) for value in inputs):
+        if not any(isinstance(value, Moving | tuple) for value in inputs):
             results: Any = fold(node, inputs)
             if results is not None:
                 self._store(node, results)

@@ -142,11 +142,36 @@ def _split(context: Context, node: Node, inputs: Inputs) -> Any:
     if parts is None:
         size = -(-length // count)
         parts = [min(size, length - k * size) for k in range(count)]
-    ends = [int(n) for n in np.cumsum(np.ravel(parts))]
-    found = []
-    for start, end in zip([0, *ends[:-1]], ends, strict=True):
-        found.append(_cut(context, node, value, {axis: (start, end, 1)}))
-    return found
+    return _parts(context, node, value, axis, np.ravel(parts))
+
+
+def _parts(context: Context, node: Node, value: Moving, axis: int, lengths: Any) -> list[Moving]:
+    ends = [int(n) for n in np.cumsum(lengths)]
+    pairs = zip([0, *ends[:-1]], ends, strict=True)
+    return [_cut(context, node, value, {axis: (start, end, 1)}) for start, end in pairs]
+
+
+@operator("SplitToSequence")
+def _split_to_sequence(context: Context, node: Node, inputs: Inputs) -> Any:
+    value = moving(node, inputs[0])
+    axis = node.attributes.get("axis", 0) % value.rank
+    length = number(node, value.sizes[axis])
+    split = optional(inputs, 1)
+    if split is None or not is_constant(split):
+        raise unsupported(node, "drops the axis, or computes the lengths")
+    if split.ndim == 0:
+        step = int(split)
+        split = [min(step, length - k) for k in range(0, length, step)]
+    # A sequence is a tuple; it is one result, not several.
+    return [tuple(_parts(context, node, value, axis, split))]
+
+
+@operator("SequenceAt")
+def _one_of_sequence(context: Context, node: Node, inputs: Inputs) -> Any:
+    del context
+    if not isinstance(inputs[0], tuple) or not is_constant(inputs[1]):
+        raise unsupported(node, "computes the place, or what it takes from")
+    return inputs[0][int(inputs[1])]
 
 
 def _cut(context: Context, node: Node, value: Moving, parts: dict[int, tuple[int, int, int]]) -> Moving:
