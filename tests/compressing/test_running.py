@@ -35,7 +35,11 @@ def task():
     y = generator.integers(0, 4, 900)
     x = (centers[y] + 0.7 * generator.normal(size=(900, 12))).astype(np.float32)
     keras.utils.set_random_seed(0)
-    layers = [keras.Input((12,)), keras.layers.Dense(48, activation="relu"), keras.layers.Dense(32, activation="relu")]
+    layers = [
+        keras.Input((12,), name="x"),
+        keras.layers.Dense(48, activation="relu"),
+        keras.layers.Dense(32, activation="relu"),
+    ]
     model = keras.Sequential([*layers, keras.layers.Dense(4, activation="softmax")], name="small")
     model.compile(keras.optimizers.Adam(5e-3), "sparse_categorical_crossentropy")
     model.fit(x[:500], y[:500], epochs=15, verbose=0)
