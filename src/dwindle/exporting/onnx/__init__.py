@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from dwindle.errors import DwindleError, VerificationError
+from dwindle.exporting.convert import random_input
 from dwindle.exporting.onnx.assembling import Assembled, assemble, scheme_of
 from dwindle.exporting.onnx.verifying import compared, first_difference, judge
 from dwindle.exporting.verify import Verification
@@ -15,10 +16,10 @@ from dwindle.lifting.flatbuffer import Graph, read_graph
 from dwindle.lifting.onnx.graph import require_onnx
 from dwindle.measuring.onnx_runtime import require_onnxruntime
 
-__all__ = ["LAYOUTS", "OnnxFile", "onnx_file", "require_packages"]
+__all__ = ["OnnxFile", "onnx_file", "require_packages"]
 
-#: Orders of axes of inputs and outputs.
-LAYOUTS = ("NHWC", "NCHW")
+#: Random samples that every file is compared on.
+RANDOM_SAMPLES = 16
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,7 +58,8 @@ def onnx_file(
 
     Args:
         content: The ``.tflite``.
-        inputs: One array for each input, shape ``(n, ...)``, as the LiteRT file takes them.
+        inputs: Samples to compare on next to random ones: one array for each input, shape ``(n, ...)``, as the LiteRT
+            file takes them; empty for random ones only.
         layout: ``"NHWC"`` keeps the order of the axes; ``"NCHW"`` makes channels the second axis of inputs and outputs
             with four axes or more.
         scheme: Its name, which is written into the file; None: what the file itself tells.
@@ -74,6 +76,10 @@ def onnx_file(
     require_packages()
     graph = read_graph(content)
     scheme = scheme or scheme_of(graph)
+    random = [
+        random_input(t.shape[1:], np.float32 if t.is_quantized else t.dtype, RANDOM_SAMPLES) for t in graph.inputs
+    ]
+    inputs = [np.concatenate([a, b.astype(a.dtype)]) for a, b in zip(inputs, random, strict=True)] if inputs else random
     judges = judge(content, graph)
     tried: list[tuple[Assembled, Verification]] = []
     for open_batch, away in _ways(graph):
