@@ -22,6 +22,8 @@ BATCH = "batch"
 # Nodes that stand around the one that an operator is about, which has the layer's name.
 _AROUND = {"Transpose", "Reshape", "QuantizeLinear", "DequantizeLinear", "Cast", "Identity", "Unsqueeze", "Squeeze",
            "Pad", "Slice"}  # fmt: skip
+# Operators whose second operand is stored as int8 next to uint8 activations.
+_WITH_KERNEL = {"CONV_2D", "DEPTHWISE_CONV_2D", "CONV_3D", "TRANSPOSE_CONV", "FULLY_CONNECTED", "BATCH_MATMUL"}
 
 
 class Writer:
@@ -58,14 +60,17 @@ class Writer:
                 if tensor is not None:
                     self.readers.setdefault(tensor.index, []).append(operation)
         widths = {tensor.bits for tensor in graph.tensors if tensor.is_quantized}
-        narrow = any(t.is_quantized and t.bits == 8 for operation in graph.operations for t in operation.outputs)
-        self.opset = 21 if 16 in widths or (4 in widths and not narrow) else 20
+        self._narrow = any(t.is_quantized and t.bits == 8 for operation in graph.operations for t in operation.outputs)
+        self.opset = 21 if 16 in widths or (4 in widths and not self._narrow) else 20
+        kernels = [operation.inputs[1] for operation in graph.operations if operation.name in _WITH_KERNEL]
+        self._kernels = {tensor.index for tensor in kernels if tensor is not None}
         for operation in graph.operations:  # constants that are stored packed, whatever the order
             source = operation.inputs[0] if operation.inputs else None
             if operation.name in ("DEQUANTIZE", "DENSIFY") and source is not None and source.value is not None:
                 self.values[operation.outputs[0].index] = source
         self._outputs = {tensor.index for tensor in graph.outputs}
         self._names: set[str] = set()
+        self._node_names: set[str] = set()
         self._reserved = {_base(layer_name(operation)) for operation in graph.operations}
         self._layer = ""
         self._unused: list[str] = []
@@ -159,13 +164,18 @@ class Writer:
         return tensor
 
     def rounded(self, value: Value, tensor: Tensor) -> Value:
-        """Return a float result as the file holds it: on the grid of its integers, if it has one."""
+        """Return a float result as the file holds it: on the grid of its integers, if it has one.
+
+        int8 becomes uint8, 128 higher, which stands for the same numbers: ONNX Runtime on x64 multiplies uint8 by int8,
+        and turns one into the other only where a result has a single reader.
+        """
         if not tensor.is_quantized or tensor.scale is None or tensor.zero_point is None:
             return value
         if tensor.scale.size != 1:
             raise UnsupportedModelError(f"activation `{tensor.name}` has {tensor.scale.size} scales; ONNX has one")
         scale = self.initializer(np.float32(tensor.scale.reshape(-1)[0]), "scale")
-        point = self.initializer(np.asarray(tensor.zero_point.reshape(-1)[0], tensor.dtype), "zero_point")
+        steps = np.asarray(tensor.zero_point.reshape(-1)[0], tensor.dtype)
+        point = self.initializer(_unsigned(steps) if steps.dtype == np.int8 else steps, "zero_point")
         if value.integers is not None and (value.integers.scale, value.integers.zero_point) == (scale, point):
             return value
         integers = self.node("QuantizeLinear", [value.name, scale, point])
@@ -178,12 +188,10 @@ class Writer:
 
     def several(self, kind: str, inputs: Sequence[str], count: int, **attributes: Any) -> list[str]:
         """Add a node with several results and return their names."""
-        if self._unused and kind not in _AROUND:
-            name = self.unique(self._unused.pop(), reserved=True)
-        else:
-            name = self.unique(f"{self._layer}_{kind.lower()}")
-        outputs = [name] if count == 1 else [self.unique(f"{name}_{number}") for number in range(count)]
-        self._add(kind, inputs, outputs, attributes, name)
+        about = bool(self._unused) and kind not in _AROUND
+        name = self._unused.pop() if about else f"{self._layer}_{kind.lower()}"
+        outputs = [self.unique(name if count == 1 else f"{name}_{number}") for number in range(count)]
+        self._add(kind, inputs, outputs, attributes, self._node_name(name, reserved=about))
         return outputs
 
     def _add(
@@ -193,10 +201,19 @@ class Writer:
 
         self.nodes.append(helper.make_node(kind, list(inputs), list(outputs), name=name or outputs[0], **attributes))
 
-    def unique(self, wanted: str, *, reserved: bool = False) -> str:
-        """Return a name that nothing has yet; a layer's own only where that layer asks for it."""
+    def _node_name(self, wanted: str, *, reserved: bool) -> str:
+        """Return a name that no node has yet; a layer's own only where that layer asks for it."""
         found, count = wanted, 0
-        while found in self._names or (found in self._reserved and not (reserved and count == 0)):
+        while found in self._node_names or (found in self._reserved and not (reserved and count == 0)):
+            count += 1
+            found = f"{wanted}_{count}"
+        self._node_names.add(found)
+        return found
+
+    def unique(self, wanted: str) -> str:
+        """Return a name that no tensor has yet."""
+        found, count = wanted, 0
+        while found in self._names:
             count += 1
             found = f"{wanted}_{count}"
         self._names.add(found)
@@ -287,6 +304,8 @@ class Writer:
         scale = np.asarray(tensor.scale, np.float32)
         scale = scale if several else scale.reshape(-1)[0]
         point = np.broadcast_to(points if several else points[0], np.shape(scale)).astype(value.dtype)
+        if value.dtype == np.int8 and self._narrow and not several and tensor.index not in self._kernels:
+            value, point = _unsigned(value), _unsigned(point)
         bits = 4 if tensor.bits == 4 and self.opset == 21 and not point.any() else 0
         names = [self.initializer(value, "integers", bits=bits), self.initializer(scale, "scale")]
         if not bits:
@@ -302,12 +321,11 @@ class Writer:
         key = ("ordered", operand.name, tuple(order))
         if key not in self._cache:
             places = [operand.axes.index(axis) for axis in order]
-            steps = operand.integers
-            if steps is None:
-                self._cache[key] = self.node("Transpose", [operand.name], perm=places)
-            else:
-                moved = self.node("Transpose", [steps.name], perm=places)
-                self._cache[key] = self.node("DequantizeLinear", [moved, steps.scale, steps.zero_point])
+            moved, steps = self.node("Transpose", [operand.name], perm=places), operand.integers
+            if steps is not None:  # runtimes look for an operator between integers
+                grid = [steps.scale, steps.zero_point]
+                moved = self.node("DequantizeLinear", [self.node("QuantizeLinear", [moved, *grid]), *grid])
+            self._cache[key] = moved
         return self._cache[key]
 
     def plain(self, operand: Operand) -> str:
@@ -356,6 +374,11 @@ def type_of(tensor: Tensor) -> int:
     if tensor.dtype == np.void:
         raise UnsupportedModelError(f"tensor `{tensor.name}` has a type that is not written as ONNX")
     return type_number(np.float32 if tensor.is_quantized else tensor.dtype)
+
+
+def _unsigned(value: np.ndarray) -> np.ndarray:
+    """Return int8 as uint8, 128 higher."""
+    return np.asarray(value.astype(np.int16) + 128, np.uint8)
 
 
 def _base(name: str) -> str:

@@ -162,12 +162,19 @@ def _resize(writer: Writer, operation: Operation, inputs: Inputs) -> Any:
     options = {"mode": "linear"}
     if operation.name == "RESIZE_NEAREST_NEIGHBOR":
         options = {"mode": "nearest", "nearest_mode": "floor" if how == "asymmetric" else "round_prefer_ceil"}
-    sizes = writer.numbers([int(n) for n in given(operation, 1)], "sizes")
-    images = writer.ordered(writer.moving(inputs[0]), axes)
-    made = writer.node(
-        "Resize", [images, "", "", sizes], axes=[2, 3], coordinate_transformation_mode=how, **options
-    )  # fmt: skip
-    return Value(made, axes)
+    # Sizes would have to name the number of samples, or axes, which ONNX Runtime loses where it moves a transpose.
+    scales = [_scale(old, int(new)) for old, new in zip(shape_of(operation)[1:3], given(operation, 1), strict=True)]
+    names = [writer.ordered(writer.moving(inputs[0]), axes), ""]
+    names.append(writer.initializer(np.array([1, 1, *scales], np.float32), "scales"))
+    return Value(writer.node("Resize", names, coordinate_transformation_mode=how, **options), axes)
+
+
+def _scale(before: int, after: int) -> np.float32:
+    """Return a factor that makes one length of another when the product is cut to a whole number."""
+    found = np.float32(after / before)
+    while before * float(found) < after:
+        found = np.nextafter(found, np.float32(np.inf))
+    return found
 
 
 @operator("DEPTH_TO_SPACE", "SPACE_TO_DEPTH")
