@@ -8,10 +8,10 @@ from typing import Any
 
 import numpy as np
 
-from dwindle.errors import ConversionError
+from dwindle.errors import ConversionError, UnsupportedModelError
 from dwindle.exporting.onnx.values import Value
 from dwindle.exporting.onnx.writer import OPSETS, Writer
-from dwindle.lifting.flatbuffer import Graph, read_graph
+from dwindle.lifting.flatbuffer import Graph, parse, read_graph
 
 # What a protobuf message can hold, with room for what is not weights.
 _LARGEST = 2**31 - 2**20
@@ -60,6 +60,7 @@ def assemble(content: bytes, *, open_batch: bool, layout: str, scheme: str, away
     import dwindle
 
     graph = read_graph(content)
+    _check_lengths(content, graph)
     stored = sum(tensor.value.nbytes for tensor in graph.tensors if tensor.value is not None)
     if stored > _LARGEST:
         raise ConversionError(f"the weights have {stored:,} bytes, more than one ONNX file can hold; export a .tflite")
@@ -88,6 +89,19 @@ def assemble(content: bytes, *, open_batch: bool, layout: str, scheme: str, away
         input_axes=tuple(writer.order_outside(tensor) for tensor in graph.inputs),
         output_axes=tuple(writer.order_outside(tensor) for tensor in graph.outputs), notes=tuple(notes),
     )  # fmt: skip
+
+
+def _check_lengths(content: bytes, graph: Graph) -> None:
+    """Refuse open lengths other than the number of samples: the operators' own numbers are for one length."""
+    tensors = parse(content).subgraphs[0].tensors
+    for tensor, name in zip(graph.inputs, graph.input_names, strict=True):
+        signature = tensors[tensor.index].shapeSignature
+        lengths = [] if signature is None else [int(n) for n in signature]
+        if any(n < 0 for n in lengths[1:]):
+            raise UnsupportedModelError(
+                f"input `{name}` has the open lengths {lengths} (-1); convert the model with fixed ones, and only the "
+                "number of samples open"
+            )
 
 
 def scheme_of(graph: Graph) -> str:

@@ -144,7 +144,14 @@ class Writer:
                 "operators that are written as ONNX; export a .tflite, or replace the layer"
             )
         inputs = [None if tensor is None else self.operand(tensor) for tensor in operation.inputs]
-        results = OPERATORS[operation.name](self, operation, inputs)
+        try:
+            results = OPERATORS[operation.name](self, operation, inputs)
+        except UnsupportedModelError:
+            raise
+        except Exception as error:  # options or shapes that no converter writes
+            text = " ".join(str(error).split())[:300]
+            what = f"{operation.name} `{operation.outputs[0].name}`"
+            raise UnsupportedModelError(f"{what} can't be written as ONNX: {type(error).__name__}: {text}") from error
         if not isinstance(results, Value | list):
             self.values[operation.outputs[0].index] = results
             return
