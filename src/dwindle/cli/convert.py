@@ -33,7 +33,7 @@ def add(commands: Any) -> None:
     """Add ``convert``."""
     sub = commands.add_parser("convert", help="write a model as a verified .tflite, .onnx or SavedModel folder")
     sub.set_defaults(run=_convert)
-    sub.add_argument("model", metavar="MODEL", help=".keras, .h5, .tflite, .onnx or a SavedModel folder")
+    sub.add_argument("model", metavar="MODEL", help=".keras, .h5, .tflite, .onnx, .pt2 or a SavedModel folder")
     sub.add_argument("out", metavar="OUT", help="the .tflite, .onnx, .keras or folder (no suffix) to write")
     sub.add_argument(
         "--target", choices=["litert", "micro"], default="litert",
@@ -69,7 +69,7 @@ def add(commands: Any) -> None:
     sub.add_argument("--sparse", action="store_true", help="store weights with many zeros in the sparse encoding")
     sub.add_argument("--force", action="store_true", help="write over OUT if it exists")
     sub.add_argument("--json", action="store_true", help="print the result as JSON")
-    sub.add_argument("--trust", action="store_true", help="let code in the model file run (Lambda layers)")
+    sub.add_argument("--trust", action="store_true", help="let code in the model file run (Lambda layers, .pt2)")
 
 
 def _convert(options: argparse.Namespace) -> int:
