@@ -318,6 +318,21 @@ def test_the_command_writes_measures_compares_and_inspects(trained, digits, tmp_
     assert json.loads(told)["parameters"] >= sum(w.size for w in trained.get_weights())
 
 
+def test_a_file_that_computes_its_shapes_is_written(tmp_path):
+    # As TensorFlow's own converter writes a model with an open number of samples.
+    model = settle(ZOO["transposed"]())
+    x = L.Flatten()(model.outputs[0])
+    model = keras.Model(model.inputs, L.Dense(3)(x))
+    content = convert(lambda x: model(x, training=False), (None, 6, 6, 3))
+    assert "SHAPE" in {operation.name for operation in read_graph(content).operations}
+    (tmp_path / "model.tflite").write_bytes(content)
+    artefact = dw.export(tmp_path / "model.tflite", tmp_path / "model.onnx")
+    assert artefact.notes == ()
+    assert "Shape" not in kinds(artefact.path)
+    (x,) = samples(model, 7)
+    np.testing.assert_allclose(OnnxRunner(artefact.path).run(x)[0], model.predict(x, verbose=0), rtol=1e-4, atol=1e-5)
+
+
 def test_open_lengths_are_refused(tmp_path):
     model = parse(float_file(settle(ZOO["transposed"]())))
     (index,) = model.subgraphs[0].inputs

@@ -24,6 +24,8 @@ _AROUND = {"Transpose", "Reshape", "QuantizeLinear", "DequantizeLinear", "Cast",
            "Pad", "Slice"}  # fmt: skip
 # Operators whose second operand is stored as int8 next to uint8 activations.
 _WITH_KERNEL = {"CONV_2D", "DEPTHWISE_CONV_2D", "CONV_3D", "TRANSPOSE_CONV", "FULLY_CONNECTED", "BATCH_MATMUL"}
+# Operands that hold a shape, which the result's own says already; files that take any number of samples compute them.
+_KNOWN = {"RESHAPE": (1,), "BROADCAST_TO": (1,), "TRANSPOSE_CONV": (0,)}
 
 
 class Writer:
@@ -38,6 +40,7 @@ class Writer:
             Runtime's kernel does.
 
     Attributes:
+        operations: What is written of the file's operators.
         nodes: `onnx.NodeProto` in order.
         initializers: `onnx.TensorProto`.
         values: Activation or constant of each of the file's tensors, by number.
@@ -55,7 +58,8 @@ class Writer:
         self.values: dict[int, Operand] = {}
         self.notes: list[str] = []
         self.readers: dict[int, list[Operation]] = {}
-        for operation in graph.operations:
+        self.operations = needed(graph)
+        for operation in self.operations:
             for tensor in operation.inputs:
                 if tensor is not None:
                     self.readers.setdefault(tensor.index, []).append(operation)
@@ -86,7 +90,7 @@ class Writer:
         names = [self.unique(name) for name in self.graph.input_names]
         ends = [self.unique(name) for name in output_names(self.graph)]
         inputs = [self._input(tensor, name) for tensor, name in zip(self.graph.inputs, names, strict=True)]
-        for operation in self.graph.operations:
+        for operation in self.operations:
             self._operate(operation)
         self._layer, self._unused = "output", []
         outputs = [self._output(tensor, name) for tensor, name in zip(self.graph.outputs, ends, strict=True)]
@@ -143,7 +147,11 @@ class Writer:
                 f"{operation.name} `{operation.outputs[0].name}` (layer `{self._layer}`) has no entry in the table of "
                 "operators that are written as ONNX; export a .tflite, or replace the layer"
             )
-        inputs = [None if tensor is None else self.operand(tensor) for tensor in operation.inputs]
+        known = _KNOWN.get(operation.name, ())
+        inputs = [
+            None if tensor is None or place in known else self.operand(tensor)
+            for place, tensor in enumerate(operation.inputs)
+        ]
         try:
             results = OPERATORS[operation.name](self, operation, inputs)
         except UnsupportedModelError:
@@ -366,6 +374,19 @@ class Writer:
 
     def _is_constant(self, tensor: Tensor | None) -> bool:
         return tensor is not None and (tensor.value is not None or isinstance(self.values.get(tensor.index), Tensor))
+
+
+def needed(graph: Graph) -> list[Operation]:
+    """Return the operators whose results somebody reads, other than to know a shape."""
+    wanted = {tensor.index for tensor in graph.outputs}
+    found = []
+    for operation in reversed(graph.operations):
+        if wanted.isdisjoint(tensor.index for tensor in operation.outputs):
+            continue
+        found.append(operation)
+        known = _KNOWN.get(operation.name, ())
+        wanted.update(t.index for place, t in enumerate(operation.inputs) if t is not None and place not in known)
+    return found[::-1]
 
 
 def output_names(graph: Graph) -> list[str]:
