@@ -27,7 +27,7 @@ from dwindle.measuring import LiteRTRunner
 from dwindle.measuring.onnx_runtime import OnnxRunner
 
 L = keras.layers
-QUICK = {"mlp", "conv_bn_relu", "several_inputs_and_outputs", "merges"}
+QUICK = {"conv_bn_relu", "several_inputs_and_outputs", "merges"}
 IMAGES = {
     "conv_bn_relu", "residual", "concat", "depthwise", "grouped", "squeeze_excite", "unet", "prelu", "inverted_residual",
     "dense_connections", "inception", "keyword_spotting", "cropped", "asymmetric_kernels", "shared_convolution", "transposed",
@@ -61,7 +61,7 @@ def test_a_float_model_comes_back_the_same(name, tmp_path):
             np.testing.assert_allclose(value, wanted, rtol=1e-4, atol=1e-4 * np.abs(wanted).max())
 
 
-@pytest.mark.parametrize("name", some(IMAGES, {"conv_bn_relu", "concat"}))
+@pytest.mark.parametrize("name", some(IMAGES, {"conv_bn_relu"}))
 def test_integers_agree_with_litert(name, tmp_path):
     model = settle(ZOO[name]())
     inputs = samples(model, 64)
@@ -80,7 +80,7 @@ def test_integers_agree_with_litert(name, tmp_path):
 
 @pytest.mark.parametrize(
     "scheme",
-    some(["float16", "int8-dynamic", "int8-weights", "int16x8", "int4", "int4-dynamic"], {"int16x8", "int4-dynamic"}),
+    some(["float16", "int8-dynamic", "int8-weights", "int16x8", "int4", "int4-dynamic"], {"int4-dynamic"}),
 )
 def test_every_scheme_is_written(scheme, trained, digits, tmp_path):
     (x, _), (x_test, y_test) = digits
@@ -252,6 +252,7 @@ def test_a_litert_file_is_written_as_it_is(trained, digits, tmp_path):
         dw.export("model.keras", tmp_path / "other.onnx")
 
 
+@pytest.mark.slow
 def test_a_model_trained_quantized_is_written(trained, digits, tmp_path):
     (x, y), (x_test, _) = digits
     aware = dw.quantize(trained, "int8", x[:200])
