@@ -105,7 +105,7 @@ BAD = {
     "plan": (
         ("compress", "{}/cnn.keras", "--data", "{}/digits.npz", *GOAL, "--plan", "{}/bad.yaml"), r"did you mean `shrink`"
     ),
-    "out name": (("convert", "{}/cnn.keras", "{}/x.onnx"), r"x\.onnx` ends in '\.onnx'; it must end in \.tflite"),
+    "out name": (("convert", "{}/cnn.keras", "{}/x.pb"), r"x\.pb` ends in '\.pb'; it must end in \.tflite or \.onnx"),
     "out exists": (("convert", "{}/cnn.keras", "{}/cnn.tflite"), r"cnn\.tflite` exists; write over it with --force"),
     "no calibration": (("convert", "{}/cnn.keras", "{}/x.tflite", "--scheme", "int8"), r"needs calibration data"),
     "suffix": (("inspect", "{}/keys.npz"), r"ends in '\.npz'; known are \.keras"),

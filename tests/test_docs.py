@@ -54,6 +54,19 @@ def test_every_block_of_the_quantization_page_runs(tmp_path, monkeypatch, capsys
     assert "Keep `" in capsys.readouterr().out  # blame's advice
 
 
+def test_what_the_onnx_page_writes_is_written(tmp_path, monkeypatch, capsys):
+    pytest.importorskip("onnxruntime")
+    monkeypatch.chdir(tmp_path)
+    blocks = re.findall(r"^```(\w+)\n(.*?)^```$", (ROOT / "docs" / "onnx.md").read_text(encoding="utf8"), re.S | re.M)
+    assert [language for language, _ in blocks] == ["python", "sh"]
+    exec(compile(blocks[0][1], "onnx.md", "exec"), {})
+    assert capsys.readouterr().out == blocks[0][1].partition("  # ")[2].partition("\n")[0] + "\n"
+    for line in blocks[1][1].splitlines():
+        assert main(shlex.split(line)[1:]) == 0, capsys.readouterr().err
+    sizes = {name: (tmp_path / f"{name}.onnx").stat().st_size for name in ("float", "first", "int8", "small", "same")}
+    assert max(sizes["int8"], sizes["small"], sizes["same"]) < 0.75 * min(sizes["float"], sizes["first"])
+
+
 def test_the_quantization_page_has_every_scheme_and_option():
     from dwindle.exporting.saved_model import FORMATS
     from dwindle.quantization import IO_TYPES, SCHEMES

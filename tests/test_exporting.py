@@ -122,7 +122,7 @@ def test_comparison_counts_quanta_classes_and_ties():
 @pytest.mark.parametrize(
     ("arguments", "kind", "message"),
     [
-        ({"path": "model.onnx"}, dw.ConfigError, "must end in .tflite"),
+        ({"path": "model.pb"}, dw.ConfigError, "must end in .tflite or .onnx"),
         ({"scheme": "int3"}, dw.ConfigError, "`scheme` is 'int3'"),
         ({"scheme": "int8"}, dw.DataError, "needs calibration data"),
         ({"io_type": "int8"}, dw.ConfigError, "has float inputs"),

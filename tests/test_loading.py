@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import warnings
 
 import keras
@@ -85,3 +86,16 @@ def test_a_lambda_does_not_run_unless_trusted(tmp_path):
     assert not mark.exists()
     dw.load(tmp_path / "code.keras", trust=True)
     assert mark.exists()
+
+
+def test_a_pickle_of_pytorch_is_not_opened_until_it_is_trusted(tmp_path, monkeypatch):
+    (tmp_path / "net.pt2").write_bytes(b"PK")
+    with pytest.raises(
+        dw.UnsupportedModelError, match=r"net\.pt2` is unpickled by PyTorch, which runs whatever code it holds"
+    ):
+        dw.load(tmp_path / "net.pt2")
+    monkeypatch.setitem(sys.modules, "torch", None)
+    with pytest.raises(
+        dw.MissingDependencyError, match=r"`torch` package; install it with pip install 'dwindle\[torch\]'"
+    ):
+        dw.load(tmp_path / "net.pt2", trust=True)

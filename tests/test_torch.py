@@ -76,3 +76,25 @@ def test_inputs_are_needed():
         dw.load(module, inputs="image")
     with pytest.raises(dw.DwindleError, match="PyTorch can't export the module `Sequential`"):
         dw.load(module, inputs=(1, 5, 16, 16))
+
+
+def test_an_exported_program_is_read_once_it_is_trusted(tmp_path):
+    module, inputs = made("resnet" if "resnet" in KINDS else next(iter(KINDS)))
+    module.eval()
+    example = torch.rand(inputs if isinstance(inputs[0], int) else inputs[0])
+    lengths = ({0: torch.export.Dim("n", min=2, max=64)},)
+    program = torch.export.export(module, (torch.cat([example] * 2),), dynamic_shapes=lengths)
+    torch.export.save(program, str(tmp_path / "net.pt2"))
+    with pytest.raises(
+        dw.UnsupportedModelError, match=r"net\.pt2` is unpickled by PyTorch.*pass trust=True \(--trust\)"
+    ):
+        dw.load(tmp_path / "net.pt2")
+    model = dw.load(tmp_path / "net.pt2", trust=True, layout="channels_last")
+    x = np.random.default_rng(0).random((5, *model.inputs[0].shape[1:]), np.float32)
+    with torch.no_grad():
+        expected = module(torch.as_tensor(np.moveaxis(x, -1, 1))).numpy()
+    np.testing.assert_allclose(model.predict(x, verbose=0), expected, rtol=1e-4, atol=1e-4 * np.abs(expected).max())
+    assert model.notes[0].startswith("agrees with PyTorch")
+    (tmp_path / "text.pt2").write_text("this is no program")
+    with pytest.raises(dw.UnsupportedModelError, match=r"text\.pt2` can't be read as a \.pt2 file"):
+        dw.load(tmp_path / "text.pt2", trust=True)

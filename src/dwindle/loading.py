@@ -8,7 +8,7 @@ from typing import Any
 
 from dwindle.errors import ConfigError, DwindleError, UnsupportedModelError, check_choice
 
-SUFFIXES = (".keras", ".h5", ".hdf5", ".tflite", ".onnx")
+SUFFIXES = (".keras", ".h5", ".hdf5", ".tflite", ".onnx", ".pt2")
 LAYOUTS = ("source", "channels_last")
 
 
@@ -20,13 +20,15 @@ def load(source: Any, inputs: Any = None, *, trust: bool = False, layout: str = 
     largest. What the user should know is in ``notes``.
 
     Args:
-        source: Path of a ``.keras``, ``.h5``, ``.tflite`` or ``.onnx`` file or a SavedModel folder; an
+        source: Path of a ``.keras``, ``.h5``, ``.tflite``, ``.onnx`` or ``.pt2`` file or a SavedModel folder; an
             `onnx.ModelProto`; a `torch.nn.Module`, which is exported to ONNX in memory; or a `keras.Model`, which is
             returned as it is.
-        inputs: For PyTorch: an example tensor or a shape such as ``(1, 3, 224, 224)``, or a tuple of them. For ONNX:
+        inputs: For PyTorch: an example tensor or a shape such as ``(1, 3, 224, 224)``, or a tuple of them; a ``.pt2``
+            has its own. For ONNX:
             shapes of inputs whose lengths are open, by name, or the shape of the only input; None stands
             for a length that stays open, such as ``(None, 3, 224, 224)``.
-        trust: Whether code that comes with a file (Lambda layers) may run. Only for files whose origin you know.
+        trust: Whether code that comes with a file may run: Lambda layers, and a ``.pt2``, which PyTorch unpickles. Only
+            for files whose origin you know.
         layout: For ONNX and PyTorch: ``"source"`` keeps the order of the axes of inputs and outputs;
             ``"channels_last"`` gives them their channels last, as Keras and LiteRT have them.
 
@@ -59,11 +61,13 @@ def load(source: Any, inputs: Any = None, *, trust: bool = False, layout: str = 
         raise ConfigError(f"`{path}` does not exist; pass a model file: {', '.join(SUFFIXES)} or a SavedModel folder")
     reader = _reader(path)
     given = [name for name, value in (("inputs", inputs), ("layout", None if layout == "source" else layout)) if value]
-    onnx = path.suffix.lower() == ".onnx" and not path.is_dir()
-    if given and not onnx:
-        raise ConfigError(f"`{given[0]}` is for .onnx files, and `{path}` knows its own shapes; leave it out")
+    suffix = "" if path.is_dir() else path.suffix.lower()
+    if given and suffix not in (".onnx", ".pt2"):
+        raise ConfigError(f"`{given[0]}` is for .onnx and .pt2 files, and `{path}` knows its own shapes; leave it out")
     try:
-        return reader(path, inputs, layout) if onnx else reader(path, trust)
+        if suffix == ".pt2":
+            return reader(path, inputs, layout, trust=trust)
+        return reader(path, inputs, layout) if suffix == ".onnx" else reader(path, trust)
     except DwindleError:
         raise
     except Exception as error:
@@ -71,7 +75,7 @@ def load(source: Any, inputs: Any = None, *, trust: bool = False, layout: str = 
 
 
 def _reader(path: Path) -> Callable[..., Any]:
-    from dwindle.sources import keras_file, onnx_file, saved_model, tflite
+    from dwindle.sources import keras_file, onnx_file, saved_model, tflite, torch_program
 
     if path.is_dir():
         if (path / "saved_model.pb").exists():
@@ -83,6 +87,7 @@ def _reader(path: Path) -> Callable[..., Any]:
         ".hdf5": keras_file.read_h5,
         ".tflite": tflite.read,
         ".onnx": onnx_file.read,
+        ".pt2": torch_program.read,
     }
     suffix = path.suffix.lower()
     if suffix not in readers:

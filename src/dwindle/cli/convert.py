@@ -25,15 +25,16 @@ SCHEME_NAMES = ("float32", "float16", "int8", "int8-dynamic", "int8-weights", "i
 # Options of `convert` that `quantize` carries out, where one of them is not as here.
 UNREFINED = {"clipping": "none", "rounding": "nearest", "equalize": False, "correct_bias": False, "budget": None,
              "max_drop": None}  # fmt: skip
+SUFFIXES = (".tflite", ".onnx", ".keras")
 FOLDER_SCHEMES = ("float32", "float16", "float8-e4m3", "float8-e5m2")
 
 
 def add(commands: Any) -> None:
     """Add ``convert``."""
-    sub = commands.add_parser("convert", help="write a model as a verified .tflite or SavedModel folder")
+    sub = commands.add_parser("convert", help="write a model as a verified .tflite, .onnx or SavedModel folder")
     sub.set_defaults(run=_convert)
-    sub.add_argument("model", metavar="MODEL", help=".keras, .h5, .tflite, .onnx or a SavedModel folder")
-    sub.add_argument("out", metavar="OUT", help="the .tflite, .keras or folder (no suffix) to write")
+    sub.add_argument("model", metavar="MODEL", help=".keras, .h5, .tflite, .onnx, .pt2 or a SavedModel folder")
+    sub.add_argument("out", metavar="OUT", help="the .tflite, .onnx, .keras or folder (no suffix) to write")
     sub.add_argument(
         "--target", choices=["litert", "micro"], default="litert",
         help="what runs it; micro: OUT is a folder of C++ sources with the model, tried in TensorFlow Lite Micro",
@@ -61,10 +62,14 @@ def add(commands: Any) -> None:
     sub.add_argument("--budget", metavar="SIZE", help="fewer bits where they cost least, until the file is this small")
     sub.add_argument("--max-drop", metavar="DROP", help="fewer bits where they cost least, while it loses at most this")
     source_options(sub)
+    sub.add_argument(
+        "--output-layout", default="NHWC", choices=["NHWC", "NCHW"],
+        help="order of the axes of images that an .onnx takes and gives (default NHWC, as the model has them)",
+    )  # fmt: skip
     sub.add_argument("--sparse", action="store_true", help="store weights with many zeros in the sparse encoding")
     sub.add_argument("--force", action="store_true", help="write over OUT if it exists")
     sub.add_argument("--json", action="store_true", help="print the result as JSON")
-    sub.add_argument("--trust", action="store_true", help="let code in the model file run (Lambda layers)")
+    sub.add_argument("--trust", action="store_true", help="let code in the model file run (Lambda layers, .pt2)")
 
 
 def _convert(options: argparse.Namespace) -> int:
@@ -75,22 +80,26 @@ def _convert(options: argparse.Namespace) -> int:
         return _micro(options, folder=folder)
     if options.decode:
         raise ConfigError("--decode is for microcontrollers; add --target micro")
-    out = check_output_folder(options.out) if folder else check_output_file(options.out, suffixes=(".tflite", ".keras"))
+    out = check_output_folder(options.out) if folder else check_output_file(options.out, suffixes=SUFFIXES)
     if out.exists() and not options.force:
         raise ConfigError(f"`{out}` exists; write over it with --force, or name another")
+    if options.output_layout != "NHWC" and out.suffix.lower() != ".onnx":
+        raise ConfigError(f"--output-layout is for .onnx files, and OUT is `{out}`; leave it out")
     factor = rescaling(options.rescale)
     scheme = _scheme(options, folder=folder)
     start_keras()
+    refined = {name: getattr(options, name) for name in UNREFINED}
+    model: Any = Path(options.model)
+    if out.suffix.lower() == ".onnx" and model.suffix.lower() == ".tflite" and scheme is None and refined == UNREFINED:
+        check_exists(options.model)
+        return _written(options, model, None, _data_as_it_is(options, factor))
     model = load_source(options.model, options)
     if out.suffix.lower() == ".keras":
         if scheme is not None and not (isinstance(scheme, str) and scheme == "float32"):
             raise ConfigError(f"`--scheme` is {options.scheme}, and a .keras file is float; name a .tflite")
         print(f"{save_keras(model, out)}: {out.stat().st_size:,} bytes")
         return MET
-    from dwindle.exporting import export
-
     data = fitted(options, model, factor)
-    refined = {name: getattr(options, name) for name in UNREFINED}
     if refined != UNREFINED:
         if folder:
             raise ConfigError("--clipping, --rounding, --equalize, --correct-bias, --budget and --max-drop are for "
@@ -101,9 +110,23 @@ def _convert(options: argparse.Namespace) -> int:
             model, scheme or "float32", data, calibration=options.calibration, progress=progress("steps"), **refined
         )
         scheme = None
+    return _written(options, model, scheme, data)
+
+
+def _data_as_it_is(options: argparse.Namespace, factor: float) -> Any:
+    """Return the data of ``--data`` for a file that is not loaded; None where there is none."""
+    from dwindle.data import read_data
+
+    return None if options.data is None else read_data(options.data, rescale=factor)
+
+
+def _written(options: argparse.Namespace, model: Any, scheme: Any, data: Any) -> int:
+    """Export a model and say what was written."""
+    from dwindle.exporting import export
+
     artefact = export(
         model, options.out, scheme=scheme, data=data, io_type=options.io_type, calibration=options.calibration,
-        sparse=options.sparse,
+        sparse=options.sparse, layout=options.output_layout,
     )  # fmt: skip
     found = artefact.verification
     if options.json:
@@ -127,7 +150,8 @@ def _convert(options: argparse.Namespace) -> int:
 def _micro(options: argparse.Namespace, *, folder: bool) -> int:
     """Write the sources for a microcontroller."""
     refined = [name for name, usual in UNREFINED.items() if getattr(options, name) != usual]
-    other = {"--sparse": options.sparse, "--io-type": options.io_type != "float32", "--layer": bool(options.layer)}
+    other = {"--sparse": options.sparse, "--io-type": options.io_type != "float32", "--layer": bool(options.layer),
+             "--output-layout": options.output_layout != "NHWC"}  # fmt: skip
     wrong = [*(f"--{name.replace('_', '-')}" for name in refined), *(name for name, given in other.items() if given)]
     if wrong:
         raise ConfigError(f"{wrong[0]} does not go with --target micro; quantize to a .tflite first, and convert that")
@@ -138,7 +162,6 @@ def _micro(options: argparse.Namespace, *, folder: bool) -> int:
     factor = rescaling(options.rescale)
     check_exists(options.model)
     start_keras()
-    from dwindle.data import read_data
     from dwindle.micro import export_micro
     from dwindle.micro.exporting import check_folder
 
@@ -146,7 +169,7 @@ def _micro(options: argparse.Namespace, *, folder: bool) -> int:
         raise ConfigError(f"`{options.out}` exists; write over it with --force, or name another")
     model: Any = Path(options.model)
     if model.suffix.lower() == ".tflite" and options.scheme is None:
-        data = None if options.data is None else read_data(options.data, rescale=factor)
+        data = _data_as_it_is(options, factor)
     else:
         model = load_source(options.model, options)
         data = fitted(options, model, factor)

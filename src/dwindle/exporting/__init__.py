@@ -6,7 +6,7 @@ import hashlib
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ import keras
 import numpy as np
 
 from dwindle.attaching import full_precision
-from dwindle.errors import ConfigError, check_choice
+from dwindle.errors import ConfigError, ConversionError, check_choice
 from dwindle.exporting.convert import float_file, random_input
 from dwindle.exporting.verify import BOUNDS, Bound, Verification, compare, require
 from dwindle.files import check_output_file, check_output_folder, names_folder, sha256_of, size_of, write_bytes
@@ -35,6 +35,8 @@ from dwindle.quantization.calibration import METHODS
 __all__ = ["Artefact", "Verification", "export", "float_file"]
 
 RANDOM_SAMPLES = 64
+#: Orders of axes of an ``.onnx``'s inputs and outputs: the model's own, and channels second.
+LAYOUTS = ("NHWC", "NCHW")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,7 +64,7 @@ class Artefact:
 
 
 def export(
-    model: keras.Model,
+    model: keras.Model | str | Path,
     path: str | Path,
     scheme: str | Scheme | Mapping[str, Any] | None = None,
     data: Any = None,
@@ -71,8 +73,9 @@ def export(
     calibration: str = "min-max",
     verify_samples: int = 512,
     sparse: bool = False,
+    layout: str = "NHWC",
 ) -> Artefact:
-    """Write a model as a ``.tflite`` file or a SavedModel folder, run it, and compare it with the model.
+    """Write a model as a ``.tflite`` or ``.onnx`` file or a SavedModel folder, run it, and compare it with the model.
 
     A path without a suffix (or with ``.savedmodel``, or a slash at the end) is a SavedModel folder, which TensorFlow
     runs. It holds floats only: kernels are stored as ``"float32"``, ``"float16"``, or in 8 bits as ``"float8-e4m3"`` or
@@ -80,16 +83,21 @@ def export(
     with the model that has the rounded weights; ``float_error`` says how far it is from the model that came in. LiteRT
     has no float8.
 
+    An ``.onnx`` is written from the ``.tflite`` of the same scheme, which is compared with the model first, and then
+    with the ``.onnx`` in ONNX Runtime.
+
     Bounds: float32, every output within 1e-4 of the largest output; float16, within 1e-2; 8-bit activations, 99% of
     outputs within one output quantum of the simulation (the same rounding in Keras); 16-bit activations, within 32
     quanta of 16 bits (an eighth of one of 8 bits); the others, 99% within 1e-2 of the simulation's largest output. A
-    SavedModel: every output within 1e-5 of the largest output.
+    SavedModel: every output within 1e-5 of the largest output. An ``.onnx`` next to its ``.tflite``: 99% of outputs
+    within one quantum, or 32 of 16 bits, where activations are integers; else every output within 1e-4 of the largest
+    (see `dwindle.exporting.onnx.verifying.judge`).
 
     Args:
         model: Any built Keras model; techniques are baked in. A model from `quantize` is written with its trained
-            weights and ranges.
-        path: Where to write: a file that ends in ``.tflite``, or a SavedModel folder. What is there is replaced once
-            the new one is verified; a folder that holds anything but a SavedModel is refused.
+            weights and ranges. For an ``.onnx`` also the path of a ``.tflite``, which is written as it is.
+        path: Where to write: a file that ends in ``.tflite`` or ``.onnx``, or a SavedModel folder. What is there is
+            replaced once the new one is verified; a folder that holds anything but a SavedModel is refused.
         scheme: A name, a `Scheme`, or a mapping from layer or operator patterns to schemes; see
             `dwindle.quantization.resolve_scheme`; for a SavedModel a name, or a mapping from layer patterns to names.
             None: what `quantize` was called with, else ``"float32"``.
@@ -101,6 +109,8 @@ def export(
         verify_samples: At most this many samples are compared.
         sparse: Store weights of a ``.tflite`` in LiteRT's sparse encoding where that is smaller and LiteRT runs it; the
             notes say what became of each. The file gets smaller, not faster (see `dwindle.exporting.sparse`).
+        layout: Order of the axes of an ``.onnx``'s inputs and outputs with four axes or more: ``"NHWC"``, the model's,
+            or ``"NCHW"``, channels second.
 
     Returns:
         The verified file.
@@ -108,18 +118,101 @@ def export(
     Raises:
         ConfigError: For an unknown scheme, one that this kind of file can't hold, or a path of another kind.
         DataError: If the scheme needs data and there is none, or it does not fit.
+        UnsupportedModelError: If an ``.onnx`` can't hold an operator of the model.
         ConversionError: If the model can't be converted, or the file not be written.
         VerificationError: If the file misses the bound; nothing is written.
+        MissingDependencyError: If an ``.onnx`` is to be written, and `onnx` or `onnxruntime` is not installed.
     """
     check_choice("io_type", io_type, IO_TYPES)
     check_choice("calibration", calibration, METHODS)
+    onnx = Path(path).suffix.lower() == ".onnx"
+    _check_kind(path, onnx=onnx, io_type=io_type, sparse=sparse, layout=layout)
     if names_folder(path):
-        if io_type != "float32":
-            raise ConfigError(f"`io_type` is {io_type!r}, but a SavedModel has float inputs; leave it out")
-        if sparse:
-            raise ConfigError("`sparse` is True, but a SavedModel holds dense weights; name a .tflite")
         return _export_folder(model, check_output_folder(path), scheme, data, verify_samples)
-    path = check_output_file(path, suffixes=(".tflite",))
+    path = check_output_file(path, suffixes=(".tflite", ".onnx"))
+    if onnx:
+        from dwindle.exporting.onnx import require_packages
+
+        require_packages()
+        if isinstance(model, str | Path):
+            return _export_onnx(path, _given_file(model, scheme, data, verify_samples), layout)
+    made = _litert_file(
+        model, scheme, data, io_type=io_type, calibration=calibration, verify_samples=verify_samples, sparse=sparse
+    )
+    if onnx:
+        return _export_onnx(path, made, layout)
+    return _artefact(path, made)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Made:
+    """A LiteRT file that is compared already, and what it was compared on."""
+
+    content: bytes
+    scheme: str | None
+    inputs: list[np.ndarray]
+    verification: Verification | None
+    notes: tuple[str, ...]
+
+
+def _check_kind(path: str | Path, *, onnx: bool, io_type: str, sparse: bool, layout: str) -> None:
+    """Refuse options that the kind of file does not have."""
+    check_choice("layout", layout, LAYOUTS)
+    if layout != "NHWC" and not onnx:
+        raise ConfigError(
+            f"`layout` is {layout!r}, and only an .onnx has a choice of it; name an .onnx, or leave it out"
+        )
+    kind = "a SavedModel" if names_folder(path) else "an .onnx" if onnx else ""
+    if kind and io_type != "float32":
+        raise ConfigError(f"`io_type` is {io_type!r}, but {kind} has float inputs; leave it out")
+    if kind and sparse:
+        raise ConfigError(f"`sparse` is True, but {kind} holds dense weights; name a .tflite")
+
+
+def _given_file(source: str | Path, scheme: Any, data: Any, verify_samples: int) -> _Made:
+    """Return a ``.tflite`` that is there already."""
+    from dwindle.measuring.litert import read_content
+
+    if Path(source).suffix.lower() != ".tflite":
+        raise ConfigError(f"`model` is {str(source)!r}; a path must be that of a .tflite, else pass dw.load(path)")
+    if scheme is not None:
+        raise ConfigError(
+            f"`scheme` is {scheme!r}, but a .tflite is written as it is; pass dw.load(path) to choose one"
+        )
+    content = read_content(source)
+    shapes = [tuple(tensor.shape[1:]) for tensor in read_graph(content).inputs]
+    samples = () if data is None else calibration_samples(shapes, data, limit=verify_samples)
+    return _Made(content=content, scheme=None, inputs=list(samples), verification=None, notes=())
+
+
+def _export_onnx(path: Path, made: _Made, layout: str) -> Artefact:
+    """Write a LiteRT file as ``.onnx``, compared on its own samples and on random ones."""
+    from dwindle.exporting.onnx import onnx_file
+
+    written = onnx_file(made.content, made.inputs, layout=layout, scheme=made.scheme)
+    return _artefact(
+        path,
+        replace(
+            made, content=written.content, scheme=written.scheme, verification=written.verification,
+            notes=(*made.notes, *written.notes),
+        ),
+    )  # fmt: skip
+
+
+def _artefact(path: Path, made: _Made) -> Artefact:
+    """Write what was made."""
+    if made.verification is None or made.scheme is None:
+        raise ConversionError(f"`{path}` was not compared with anything; nothing was written")
+    write_bytes(path, made.content)
+    return Artefact(
+        path=path, scheme=made.scheme, size_bytes=len(made.content), sha256=hashlib.sha256(made.content).hexdigest(),
+        verification=made.verification, notes=made.notes,
+    )  # fmt: skip
+
+
+def _litert_file(
+    model: Any, scheme: Any, data: Any, *, io_type: str, calibration: str, verify_samples: int, sparse: bool
+) -> _Made:
     trained = getattr(model, "quantization", None)
     chosen = _chosen_scheme(scheme, trained)
     _check_io_type(io_type, chosen)
@@ -154,11 +247,7 @@ def export(
         notes += notes_of(weights)
     verification = check(written, twin, inputs, bound, reference)
     require(verification, content, written, inputs)
-    write_bytes(path, written)
-    return Artefact(
-        path=path, scheme=chosen.name, size_bytes=len(written), sha256=hashlib.sha256(written).hexdigest(),
-        verification=verification, notes=tuple(notes),
-    )  # fmt: skip
+    return _Made(content=written, scheme=chosen.name, inputs=inputs, verification=verification, notes=tuple(notes))
 
 
 def _export_folder(model: Any, path: Path, scheme: Any, data: Any, verify_samples: int) -> Artefact:

@@ -37,13 +37,13 @@ def read(module: Any, inputs: Any, layout: str) -> Any:
     """
     from dwindle.lifting.onnx.reading import lift_onnx
 
-    examples = _examples(inputs)
+    examples = examples_of(inputs)
     training = {name: part.training for name, part in module.named_modules()}
     module.eval()
     try:
         message = _exported(module, examples)
         model = lift_onnx(message, layout=layout, name=type(module).__name__.lower())
-        error = _compare(module, model, examples, layout)
+        error = compared(module, model, examples, layout)
     finally:
         for name, part in module.named_modules():
             part.training = training[name]
@@ -51,7 +51,12 @@ def read(module: Any, inputs: Any, layout: str) -> Any:
     return model
 
 
-def _examples(inputs: Any) -> tuple[Any, ...]:
+def examples_of(inputs: Any) -> tuple[Any, ...]:
+    """Return example tensors for tensors, arrays or shapes.
+
+    Raises:
+        ConfigError: If ``inputs`` is missing or is none of these.
+    """
     import torch
 
     if inputs is None:
@@ -80,12 +85,7 @@ def _exported(module: Any, examples: tuple[Any, ...]) -> Any:
     """Return the ONNX message, with any number of samples if PyTorch finds that the module takes that."""
     import torch
 
-    try:
-        import onnxscript  # noqa: F401
-    except ImportError:
-        raise MissingDependencyError(
-            "PyTorch modules need the `onnx` and `onnxscript` packages; install them with pip install 'dwindle[torch]'"
-        ) from None
+    _require_onnxscript()
     # One sample would be taken for a length that is fixed.
     several = tuple(torch.cat([x, x]) if x.ndim and x.shape[0] == 1 else x for x in examples)
     problem: Exception | None = None
@@ -94,7 +94,7 @@ def _exported(module: Any, examples: tuple[Any, ...]) -> Any:
         try:
             # Not optimized: the exporter would fold normalizations into what is in front of them.
             options = {"dynamic_shapes": shapes, "dynamo": True, "verbose": False, "optimize": False}
-            with _quietly(), torch.no_grad():
+            with quietly(), torch.no_grad():
                 program = torch.onnx.export(module, arguments, **options)
             return program.model_proto
         except Exception as error:
@@ -103,8 +103,35 @@ def _exported(module: Any, examples: tuple[Any, ...]) -> Any:
     raise ConversionError(f"PyTorch can't export the module `{type(module).__name__}`: {text}") from None
 
 
+def exported_message(program: Any, name: str) -> Any:
+    """Return the ONNX message of an exported program, with the open lengths that it was exported with.
+
+    Raises:
+        ConversionError: If PyTorch can't export it.
+        MissingDependencyError: If `onnxscript` is not installed.
+    """
+    import torch
+
+    _require_onnxscript()
+    try:
+        with quietly(), torch.no_grad():
+            return torch.onnx.export(program, dynamo=True, verbose=False, optimize=False).model_proto
+    except Exception as error:
+        text = " ".join(str(error).split())[:300]
+        raise ConversionError(f"PyTorch can't export `{name}`: {text}") from None
+
+
+def _require_onnxscript() -> None:
+    try:
+        import onnxscript  # noqa: F401
+    except ImportError:
+        raise MissingDependencyError(
+            "PyTorch modules need the `onnx` and `onnxscript` packages; install them with pip install 'dwindle[torch]'"
+        ) from None
+
+
 @contextlib.contextmanager
-def _quietly() -> Iterator[None]:
+def quietly() -> Iterator[None]:
     """Hold back what the exporter prints and warns about."""
     level = logging.root.manager.disable
     logging.disable(logging.WARNING)
@@ -116,7 +143,7 @@ def _quietly() -> Iterator[None]:
         logging.disable(level)
 
 
-def _compare(module: Any, model: Any, examples: Sequence[Any], layout: str) -> float:
+def compared(module: Any, model: Any, examples: Sequence[Any], layout: str) -> float:
     """Return the largest difference on the examples, as a share of the largest output."""
     import keras
     import torch
