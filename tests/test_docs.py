@@ -12,6 +12,7 @@ import pytest
 
 import dwindle
 from dwindle.cli import main
+from dwindle.compressing.plans import read_plan
 
 ROOT = Path(__file__).resolve().parent.parent
 MODULES = sorted({module for module in dwindle._NAMES.values()})
@@ -101,3 +102,15 @@ def test_the_support_table_is_what_running_it_gives():
 
     made = runpy.run_path(str(ROOT / "scripts" / "support_table.py"))["table"]()
     assert made == (ROOT / "docs" / "support.md").read_text(encoding="utf8")
+
+
+def test_the_page_on_compress_runs(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    text = (ROOT / "docs" / "compress.md").read_text(encoding="utf8")
+    (block,) = re.findall(r"^```python\n(.*?)^```$", text, re.S | re.M)
+    exec(compile(block, "compress.md", "exec"), {})
+    assert "size" in capsys.readouterr().out
+    assert (tmp_path / "out" / "report.html").exists()
+    (plan,) = re.findall(r"^```yaml\n(.*?)^```$", text, re.S | re.M)
+    (tmp_path / "plan.yaml").write_text(plan)
+    assert read_plan(tmp_path / "plan.yaml").trains
