@@ -13,6 +13,7 @@ import keras
 import numpy as np
 
 import dwindle
+from dwindle.compressing.evidence import evidence
 from dwindle.compressing.goals import Goals, Verdict
 from dwindle.compressing.plans import Plan
 from dwindle.compressing.search import Search, figures_of, fingerprint
@@ -232,6 +233,11 @@ def _conclude(search: Search, facts: Mapping[str, Any]) -> Result:
         report |= {
             "baseline": baseline, "result": result, "verification": verification, "plan": chosen["plan"],
             "layers": {"baseline": _rows(folder / search.trials[0]["file"]), "result": _rows(folder / "model.tflite")},
+            "evidence": evidence(
+                folder / search.trials[0]["file"], folder / "model.tflite",
+                search.data.test or search.data.val or search.data.train, search.data.class_names,
+                twin=folder / "model.keras", metric=search.metric, threads=search.threads,
+            ),
         }  # fmt: skip
     met = bool(verdicts) and all(verdict.met for verdict in verdicts)
     report["verdicts"] = [verdict.to_dict() for verdict in verdicts]
