@@ -55,8 +55,8 @@ def evidence(
         threads: Threads of the latency measurement.
 
     Returns:
-        ``latency``, ``classes``, ``changed`` and ``operators``: each a dict, with nothing but a ``reason`` in it where the
-        part does not apply.
+        ``latency``, ``classes``, ``changed`` and ``operators``: each a dict, with nothing but a ``reason`` in it where
+        the part does not apply.
     """
     found: dict[str, Any] = {"latency": _or_reason(lambda: _latency([baseline_file, chosen_file], threads))}
     told = _or_reason(lambda: _told(baseline_file, chosen_file, split, class_names, metric))

@@ -95,7 +95,8 @@ def compress(
         train: ``(x, y)`` training samples.
         validation: ``(x, y)`` samples that pick; carved from the training samples where it is left out.
         goals: What the file must reach.
-        out: Folder for ``model.tflite``, ``model.keras``, ``report.html``, ``report.json``, ``plan.yaml``, ``trials/``.
+        out: Folder for ``model.tflite``, ``model.keras``, ``report.html``, ``report.json``, ``model-card.md``,
+            ``plan.yaml`` and ``trials/``.
         test: ``(x, y)`` samples that judge.
         data: Instead of these three: anything that `dwindle.data.read_data` reads.
         target: What runs the file: ``"litert"``, ``"micro"``, a board such as ``"cortex-m4-256k"``, or a YAML file; see
@@ -217,6 +218,7 @@ def _conclude(search: Search, facts: Mapping[str, Any]) -> Result:
     """Judge the best trial on held-back data, publish its files and write the report."""
     chosen = search.best() if search.trials else None
     report = _frame(search, facts)
+    report["model"]["sha256"] = fingerprint(search.bench.original)
     verdicts: list[Verdict] = []
     if chosen is not None:
         baseline, result, verification = _judge(search, chosen)
