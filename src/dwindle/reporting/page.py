@@ -78,14 +78,15 @@ def metric_name(report: Mapping[str, Any]) -> str:
     return str((report.get("metric") or {}).get("name", "accuracy"))
 
 
-def render_html(report: Mapping[str, Any], *, live: bool = False) -> str:
+def render_html(report: Mapping[str, Any], *, live: str | None = None) -> str:
     """Return the page for a report, HTML text without any reference to another file or address.
 
     Its scripts are inline, the browser is told to run no other, and all is there without them.
 
     Args:
         report: The content of ``report.json``; keys other than ``version``, ``baseline`` and ``trials`` may be missing.
-        live: Whether the page asks the server that it came from for news, as `dwindle.reporting.serving` answers.
+        live: The mark of the state that the report is of, for a page that asks the server that it came from for news
+            (`dwindle.reporting.serving`); None: it asks nobody.
     """
     name, evidence = metric_name(report), report.get("evidence") or {}
     scripts = [_asset("page.js"), *([_asset("live.js")] if live else [])]
@@ -95,7 +96,7 @@ def render_html(report: Mapping[str, Any], *, live: bool = False) -> str:
         metric_name=name, layers=layer_table(report), snippets=snippets(report), evidence=evidence,
         latency=make_latency_plot(evidence), stages=stage_rows(report), plan=plan_text(report),
         missed=missed_goals(report), suggestions=suggestions(report), style=_asset("page.css"), scripts=scripts,
-        policy=_policy(scripts, live), live=live,
+        policy=_policy(scripts, connects=live is not None), live=live, integers=_has_integers(report),
     )  # fmt: skip
     return str(page)
 
@@ -116,15 +117,20 @@ def _asset(name: str) -> str:
     return files("dwindle.reporting").joinpath("templates", name).read_text(encoding="utf8")
 
 
-def _policy(scripts: list[str], live: bool) -> str:
+def _policy(scripts: list[str], *, connects: bool) -> str:
     """Return a content security policy under which only our own scripts run, and nothing is loaded."""
     hashes = [base64.b64encode(hashlib.sha256(script.encode("utf8")).digest()).decode("ascii") for script in scripts]
     allowed = " ".join(f"'sha256-{digest}'" for digest in hashes)
-    connect = "; connect-src 'self'" if live else ""
+    connect = "; connect-src 'self'" if connects else ""
     return (
         f"default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src {allowed}{connect}; "
         "base-uri 'none'; form-action 'none'"
     )
+
+
+def _has_integers(report: Mapping[str, Any]) -> bool:
+    """Whether weights of the chosen file are integers."""
+    return any(0 < row["bits"] < 16 for row in (report.get("layers") or {}).get("result") or [])
 
 
 def plan_text(report: Mapping[str, Any]) -> str | None:

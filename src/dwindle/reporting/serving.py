@@ -71,12 +71,16 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _content(self, path: str) -> tuple[HTTPStatus, str, str]:
         if path in ("/", "/report.html"):
-            return HTTPStatus.OK, "text/html", render_html(read_state(self.folder), live=True)
+            mark = self._mark()  # before the state is read: what changes in between is shown once more, never missed
+            return HTTPStatus.OK, "text/html", render_html(read_state(self.folder), live=mark)
         if path == "/report.json":
             return HTTPStatus.OK, "application/json", json.dumps(read_state(self.folder))
         if path == "/state":
-            return HTTPStatus.OK, "text/plain", hashlib.sha256(stamp(self.folder).encode("utf8")).hexdigest()
+            return HTTPStatus.OK, "text/plain", self._mark()
         return HTTPStatus.NOT_FOUND, "text/plain", "there is only the report, at /\n"
+
+    def _mark(self) -> str:
+        return hashlib.sha256(stamp(self.folder).encode("utf8")).hexdigest()
 
     def _send(self, status: HTTPStatus, kind: str, text: str, body: bool) -> None:
         content = text.encode("utf8")

@@ -1,6 +1,6 @@
 (() => {
   "use strict";
-  let known = null;
+  let known = document.querySelector("main").dataset.state;
   const status = () => document.getElementById("live");
   const keys = (main) => [...main.querySelectorAll(".axes input:checked")].map((input) => input.value);
 
@@ -11,6 +11,7 @@
     const chosen = keys(before);
     after.querySelectorAll(".axes input").forEach((input) => { input.checked = chosen.includes(input.value) || input.checked; });
     before.replaceWith(after);
+    known = after.dataset.state;
     document.title = page.title;
     document.dispatchEvent(new Event("dwindle:start"));
   }
@@ -20,8 +21,7 @@
       const answer = await fetch("/state", { cache: "no-store" });
       if (answer.ok) {
         const state = await answer.text();
-        if (known !== null && state !== known) await refresh();
-        known = state;
+        if (state !== known) await refresh();
         if (status()) status().textContent = "live, looked " + new Date().toLocaleTimeString();
       }
     } catch (error) {
