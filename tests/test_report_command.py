@@ -43,6 +43,13 @@ def unfinished(finished, tmp_path):
     return folder
 
 
+def again(folder):
+    """Make one more trial like the last."""
+    shutil.copytree(folder / "trials" / "001", folder / "trials" / "002")
+    record = json.loads((folder / "trials" / "002" / "trial.json").read_text())
+    (folder / "trials" / "002" / "trial.json").write_text(json.dumps({**record, "id": "002"}))
+
+
 def test_a_run_has_all_the_evidence_and_stays_small(finished):
     report = json.loads((finished / "report.json").read_text())
     assert (finished / "report.json").stat().st_size < 300_000
@@ -90,7 +97,7 @@ def test_trials_made_after_the_report_are_shown(finished, tmp_path):
     folder = tmp_path / "resumed"
     shutil.copytree(finished, folder)
     assert read_state(folder)["status"] == "not met"
-    shutil.copytree(folder / "trials" / "001", folder / "trials" / "002")
+    again(folder)
     state = read_state(folder)
     assert state["status"] == "running"
     assert [trial["id"] for trial in state["trials"]] == ["000", "001", "002"]
@@ -167,7 +174,7 @@ def test_the_server_shows_the_report_and_what_changes(asked, unfinished):
     assert page == render_html(read_state(unfinished), live=mark)
     assert "Running: 2 files" in page
     assert json.loads(asked("/report.json")[1]) == read_state(unfinished)
-    shutil.copytree(unfinished / "trials" / "001", unfinished / "trials" / "002")
+    again(unfinished)
     assert asked("/state")[1] != mark
     assert "Running: 3 files" in asked("/?again")[1]
     assert asked("/", "HEAD")[:2] == (200, "")

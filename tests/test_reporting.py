@@ -252,7 +252,9 @@ def test_a_part_may_be_missing(full, missing, how, capsys):
         del report[missing]
     else:
         report[missing] = None
-    assert "Reproduce" in read(report)[1]
+    page, text = read(report)
+    assert "Reproduce" in text
+    assert {reference[1:] for reference in page.references if reference[:1] == "#"} <= set(page.ids)
     assert render_card(report).startswith("# ")
     terminal_summary(report)
     assert capsys.readouterr().out
@@ -317,6 +319,12 @@ def test_a_file_that_failed_badly_does_not_press_the_others_into_a_line(report):
     plot = make_plot(report)
     assert plot.points[6].y == plot.top
     assert plot.points[6].far
+
+
+def test_a_trial_without_a_figure_is_not_on_the_plot(report):
+    report["trials"] += [trial(3, accuracy=float("nan")), trial(4, accuracy=None), trial(5, size_bytes=None)]
+    assert [point.trial for point in make_plot(report).points] == ["000", "001"]
+    assert "nan" in read(report)[1]
 
 
 def test_points_and_rows_belong_together(full):

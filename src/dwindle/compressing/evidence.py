@@ -28,7 +28,9 @@ from dwindle.measuring.litert import LiteRTRunner
 SAMPLES = 10_000
 SECONDS = 10.0  # at most, for each file's predictions
 WORSE, BETTER, CLASSES, OPERATORS = 12, 6, 40, 10
-ACTIVATION_BYTES = 200_000_000
+FEWEST = 50
+COPIED_BYTES, ACTIVATION_BYTES = 500_000_000, 200_000_000
+SLOWER = 10  # times, where every activation is kept and nothing is delegated
 CONFIDENCE = 0.95
 
 
@@ -98,8 +100,9 @@ def _told(before: Any, after: Any, split: Split | None, names: Any, metric: Any)
     reason = _not_classes(split.y, units, metric)
     if reason is not None or len(shapes[1]) != 2 or shapes[1][-1] != units:
         return {"reason": reason or "the two files' outputs differ in shape"}
-    indices = np.arange(len(split))[spread(len(split), min(map(_affordable, runners)))]
-    some = split.pick(indices)
+    picked = spread(len(split), _affordable(runners, split))
+    some = split.pick(picked)  # of all of them only views
+    indices = np.arange(len(split))[picked]
     first, second = (runner.predict(list(some.x))[0] for runner in runners)
     named = functools.partial(_name, names)
     labels = labelled_classes(some.y).astype(np.int64)  # type: ignore[arg-type]
@@ -125,12 +128,18 @@ def _not_classes(y: np.ndarray, units: int, metric: Any) -> str | None:
     return None if one_hot else "the labels are not single classes"
 
 
-def _affordable(runner: LiteRTRunner) -> int:
-    """Return how many samples a file predicts in the time there is."""
+def _affordable(runners: Sequence[LiteRTRunner], split: Split) -> int:
+    """Return how many samples both files predict in the time there is; a choice of them is a copy, which has to fit."""
+    count = int(min(SAMPLES, max(FEWEST, SECONDS / max(map(_once, runners)))))
+    one = sum(array[:1].nbytes for array in split.x)
+    return count if len(split) <= count else max(FEWEST, min(count, COPIED_BYTES // max(1, one)))
+
+
+def _once(runner: LiteRTRunner) -> float:
+    """Return the seconds of one run."""
     begun = time.perf_counter()
     runner.invoke()
-    once = max(1e-9, time.perf_counter() - begun)
-    return int(min(SAMPLES, max(50, SECONDS / once)))
+    return max(1e-9, time.perf_counter() - begun)
 
 
 def _name(names: Sequence[str] | None, number: int) -> str:
@@ -249,7 +258,8 @@ def _operators(chosen: str | Path, twin: str | Path | None, split: Split | None)
     if twin is None or not Path(twin).exists():
         return {"reason": "the trainable twin of the file is not there"}
     made = sum(8 * math.prod(max(1, s) for s in t.shape) for op in graph.operations for t in op.outputs)
-    samples = max(1, min(SQNR_SAMPLES, len(split), ACTIVATION_BYTES // max(1, made)))
+    quick = int(SECONDS / SLOWER / _once(LiteRTRunner(chosen)))
+    samples = max(1, min(SQNR_SAMPLES, len(split), ACTIVATION_BYTES // max(1, made), quick))
     content = float_file(load(twin))
     found = operator_errors(content, chosen, split.take(samples), samples=samples)
     rows = [

@@ -235,12 +235,13 @@ def _conclude(search: Search, facts: Mapping[str, Any]) -> Result:
         report |= {
             "baseline": baseline, "result": result, "verification": verification, "plan": chosen["plan"],
             "layers": {"baseline": _rows(folder / search.trials[0]["file"]), "result": _rows(folder / "model.tflite")},
-            "evidence": evidence(
+        }  # fmt: skip
+        if not facts["interrupted"]:  # who stops a search does not want to wait
+            report["evidence"] = evidence(
                 folder / search.trials[0]["file"], folder / "model.tflite",
                 search.data.test or search.data.val or search.data.train, search.data.class_names,
                 twin=folder / "model.keras", metric=search.metric, threads=search.threads,
-            ),
-        }  # fmt: skip
+            )  # fmt: skip
     met = bool(verdicts) and all(verdict.met for verdict in verdicts)
     report["verdicts"] = [verdict.to_dict() for verdict in verdicts]
     report["met"] = met

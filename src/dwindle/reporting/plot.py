@@ -133,7 +133,7 @@ def make_plot(report: Mapping[str, Any], axis: Axis = AXES[0]) -> Plot | None:
     metric = report.get("metric") or {"name": "accuracy", "higher_is_better": True}
     measured = [
         (trial, x, float(trial["accuracy"])) for trial in report.get("trials") or []
-        if trial.get("status", "done") == "done" and (x := axis.value(trial)) and trial.get("accuracy") is not None
+        if trial.get("status", "done") == "done" and (x := axis.value(trial)) and _is_finite(trial.get("accuracy"))
     ]  # fmt: skip
     if len(measured) < 2:
         return None
@@ -171,6 +171,10 @@ def make_plot(report: Mapping[str, Any], axis: Axis = AXES[0]) -> Plot | None:
         x_limit=round(x_of(limit), 1) if limit else None,
         metric_limit=round(y_of(floor), 1) if floor is not None and low <= floor <= high else None,
     )  # fmt: skip
+
+
+def _is_finite(value: Any) -> bool:
+    return value is not None and math.isfinite(value)
 
 
 def _figures(trial: Mapping[str, Any], metric: str) -> str:

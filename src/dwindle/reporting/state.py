@@ -31,11 +31,12 @@ def read_state(folder: str | Path) -> dict[str, Any]:
     report, trials = _report(folder / "report.json"), _trials(folder)
     if report is not None:
         known = {trial.get("id") for trial in report.get("trials") or []}
-        if known.issuperset(trial.get("id") for trial in trials):
+        written = (folder / "report.json").stat().st_mtime_ns
+        if not any(made > written and trial["id"] not in known for trial, made in trials):
             return report
     elif not trials and not (folder / "trials").is_dir():
         raise DataError(f"`{folder}` has no report.json and no trials; name the out folder of dwindle compress")
-    return _so_far(report or {}, trials)
+    return _so_far(report or {}, [trial for trial, _ in trials])
 
 
 def stamp(folder: str | Path) -> str:
@@ -69,17 +70,19 @@ def _report(path: Path) -> dict[str, Any] | None:
     return report
 
 
-def _trials(folder: Path) -> list[dict[str, Any]]:
+def _trials(folder: Path) -> list[tuple[dict[str, Any], int]]:
+    """Return the records of finished trials, and when each was written."""
     found = []
     for path in sorted((folder / "trials").glob("*/trial.json")):
         if path.parent.name.startswith("."):
             continue  # in progress
         try:
-            trial = json.loads(path.read_text(encoding="utf8"))
+            trial, made = json.loads(path.read_text(encoding="utf8")), path.stat().st_mtime_ns
         except (OSError, ValueError):
             continue  # removed or replaced at this moment
         if isinstance(trial, dict):
-            found.append({key: value for key, value in trial.items() if key != "plan"} | {"id": path.parent.name})
+            kept = {key: value for key, value in trial.items() if key != "plan"}
+            found.append(({"id": path.parent.name, **kept}, made))
     return found
 
 
