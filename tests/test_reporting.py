@@ -292,6 +292,7 @@ def test_the_plot_is_in_scale(report):
     assert second.y > first.y
     assert (first.kind, second.kind) == ("original", "chosen")
     assert second.x < plot.x_limit < first.x
+    assert plot.best == ("001", "000")
 
 
 def test_latency_is_an_axis_too(report):
@@ -325,6 +326,23 @@ def test_a_trial_without_a_figure_is_not_on_the_plot(report):
     report["trials"] += [trial(3, accuracy=float("nan")), trial(4, accuracy=None), trial(5, size_bytes=None)]
     assert [point.trial for point in make_plot(report).points] == ["000", "001"]
     assert "nan" in read(report)[1]
+
+
+def test_the_front_is_marked_in_the_table(report):
+    report["trials"] = [
+        trial(0),
+        trial(1, accuracy=0.98),
+        trial(2, accuracy=0.9, size_bytes=2_000_000, latency_ms={"p50": 0.01, "p90": 1}),
+        trial(3, accuracy=0.5, size_bytes=2_000_000, latency_ms={"p50": 0.3, "p90": 1}),
+    ]
+    html = render_html(report)
+    rows = re.findall(r'<tr id="trial-(\d+)".*?</tr>', html, re.S)
+    marked = [
+        number
+        for number, row in zip(rows, html.split('<tr id="trial-')[1:], strict=True)
+        if ">front<" in row.split("</tr>")[0]
+    ]
+    assert marked == ["001", "002"]  # by size, and by latency
 
 
 def test_points_and_rows_belong_together(full):

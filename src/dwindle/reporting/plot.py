@@ -89,13 +89,14 @@ class Point:
 
 @dataclass(frozen=True, kw_only=True)
 class Plot:
-    """Everything that the template draws, in pixels."""
+    """Everything that the template draws, in pixels; ``best`` has the trials on the Pareto front."""
 
     key: str
     title: str
     limit_text: str
     points: tuple[Point, ...]
     front: str
+    best: tuple[str, ...]
     x_ticks: tuple[tuple[float, str], ...]
     y_ticks: tuple[tuple[float, str], ...]
     x_limit: float | None
@@ -165,7 +166,7 @@ def make_plot(report: Mapping[str, Any], axis: Axis = AXES[0]) -> Plot | None:
     ends = (min(positions), max(positions))
     return Plot(
         key=axis.key, title=axis.title, limit_text=axis.limit_text, points=tuple(points), rising=sign > 0,
-        front=" ".join(f"{points[i].x},{points[i].y}" for i in front),
+        front=" ".join(f"{points[i].x},{points[i].y}" for i in front), best=tuple(points[i].trial for i in front),
         x_ticks=tuple((round(x_of(tick), 1), axis.written(tick)) for tick in log_ticks(*ends)),
         y_ticks=tuple((round(y_of(tick), 1), format_metric(tick, metric["name"])) for tick in _ticks(low, high)),
         x_limit=round(x_of(limit), 1) if limit else None,
