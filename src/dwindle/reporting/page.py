@@ -94,7 +94,8 @@ def render_html(report: Mapping[str, Any], *, live: str | None = None) -> str:
     page = environment(autoescape=True).get_template("page.html.jinja").render(
         r=report, headline=headline(report), verdict=verdict_line(report), confidence=confidence_line(report),
         plots=plots, best={trial for plot in plots for trial in plot.best}, cards=_cards(report),
-        metric=lambda value: format_metric(value, name), metric_name=name, layers=layer_table(report), snippets=snippets(report), evidence=evidence,
+        metric=lambda value: format_metric(value, name), metric_name=name,
+        layers=layer_table(report), snippets=snippets(report), evidence=evidence,
         latency=make_latency_plot(evidence), stages=stage_rows(report), plan=plan_text(report),
         missed=missed_goals(report), suggestions=suggestions(report), style=_asset("page.css"), scripts=scripts,
         policy=_policy(scripts, connects=live is not None), live=live, integers=_has_integers(report),
