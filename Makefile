@@ -78,7 +78,7 @@ docs: $(READY)
 
 lock:
 	$(BIN)/python -m pip install --quiet uv
-	$(BIN)/uv pip compile pyproject.toml --extra micro --extra onnx --extra dev --extra docs --universal --python-version 3.11 --prerelease if-necessary --generate-hashes --no-header --output-file requirements.lock
+	$(BIN)/uv pip compile pyproject.toml --extra micro --extra onnx --extra ray --extra dev --extra docs --universal --python-version 3.11 --prerelease if-necessary --generate-hashes --no-header --output-file requirements.lock
 
 clean:
 	rm -rf $(VENV) site demo-out dwindle-out .pytest_cache .mypy_cache .ruff_cache

@@ -16,6 +16,7 @@ import pytest
 
 import dwindle as dw
 from dwindle.cli import main
+from dwindle.compressing.store import read_trials
 
 
 @pytest.fixture(scope="module")
@@ -202,7 +203,7 @@ def test_plan_says_what_would_be_tried_and_tries_nothing(run, place):
     status, out, _ = run("plan", "{}/cnn.keras", "--data", "{}/digits.npz", *GOAL)
     assert status == 0
     assert "[1] int8 after training: export scheme=int8" in out
-    assert "student" in out
+    assert "as wide, its own channels, int8" in out
     assert listing(place) == before
 
 
@@ -246,7 +247,7 @@ def test_dry_run_writes_nothing(run, place):
     before = listing(place)
     status, out, _ = run("compress", "{}/cnn.keras", "--data", "{}/digits.npz", *GOAL, "--dry-run")
     assert status == 0
-    assert "student 0.7 as wide" in out
+    assert "as wide, its own channels, int8" in out
     assert listing(place) == before
 
 
@@ -346,12 +347,17 @@ def test_interrupting_leaves_a_usable_folder_and_resuming_goes_on(place):
     assert report["status"] == "interrupted"
     assert (out / "report.html").exists()
     assert dw.measure(out / "model.tflite").size_bytes == report["result"]["size_bytes"]
-    done = {path.name: (path / "trial.json").read_bytes() for path in (out / "trials").iterdir() if path.name[0] != "."}
+    done = read_trials(out)
+    files = {
+        path.name: (path / "model.tflite").read_bytes() for path in (out / "trials").iterdir() if path.name[0] != "."
+    }
+    assert done
     finished = subprocess.run([*command, "--resume"], capture_output=True, text=True, check=False)
     assert finished.returncode == 0, finished.stderr
     assert "done before" in finished.stderr
-    for name, record in done.items():
-        assert (out / "trials" / name / "trial.json").read_bytes() == record
+    assert read_trials(out)[: len(done)] == done
+    for name, content in files.items():
+        assert (out / "trials" / name / "model.tflite").read_bytes() == content
     assert json.loads((out / "report.json").read_text())["met"]
     other = [*command[:4], command[4], *command[5:], "--resume", "--seed", "5"]
     refused = subprocess.run(other, capture_output=True, text=True, check=False)

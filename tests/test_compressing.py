@@ -174,7 +174,8 @@ def test_a_loss_within_noise_is_called_so(trained, digits, tmp_path):
     (x, y), _ = digits
     plan = Plan(name="int8", steps=(("export", {"scheme": "int8"}),))
     result = dw.compress(
-        trained, (x[:200], y[:200]), (x[200:230], y[200:230]), Goals(max_drop="1%"), tmp_path / "out", plan=plan
+        trained, (x[:200], y[:200]), (x[230:260], y[230:260]), Goals(max_drop="1%"), tmp_path / "out", plan=plan,
+        test=(x[200:230], y[200:230]),
     )  # fmt: skip
     told = result.report["confidence"]
     assert told["samples"] == 30
@@ -258,4 +259,4 @@ def test_lifted_and_subclassed_models_have_students_too(kind, trained, digits, t
         model, train=digits[0], goals=Goals(max_size="9KB"), plan=plan, out=tmp_path / "out", say=lines.append
     )
     assert result.met, result.report["trials"]
-    assert any("lifted" in line for line in lines) == (kind == "subclassed")
+    assert any("is a subclassed model" in line for line in lines) == (kind == "subclassed")

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import http.client
 import json
 import shutil
 import socket
+import sqlite3
 import subprocess
 import sys
 import threading
@@ -15,7 +17,7 @@ import pytest
 
 import dwindle as dw
 from dwindle.cli import main
-from dwindle.compressing import Goals, Plan
+from dwindle.compressing import Goals, Plan, store
 from dwindle.errors import ConfigError, DataError
 from dwindle.reporting import read_state, rebuild_report, render_html
 from dwindle.reporting.serving import report_server
@@ -43,11 +45,11 @@ def unfinished(finished, tmp_path):
     return folder
 
 
-def again(folder):
+def again(folder, number=2, **changes):
     """Make one more trial like the last."""
-    shutil.copytree(folder / "trials" / "001", folder / "trials" / "002")
-    record = json.loads((folder / "trials" / "002" / "trial.json").read_text())
-    (folder / "trials" / "002" / "trial.json").write_text(json.dumps({**record, "id": "002"}))
+    record = {**store.read_trials(folder)[1], "id": f"{number:03d}", **changes}
+    with contextlib.closing(sqlite3.connect(folder / store.DATABASE)) as database, database:
+        database.execute("insert or replace into trials values (?, ?)", (number, json.dumps(record)))
 
 
 def test_a_run_has_all_the_evidence_and_stays_small(finished):
@@ -78,8 +80,6 @@ def test_report_rebuilds_the_same_bytes(finished, tmp_path, capsys):
 
 
 def test_an_unfinished_search_is_shown_as_it_is(unfinished):
-    (unfinished / "trials" / ".002.99").mkdir()
-    (unfinished / "trials" / ".002.99" / "trial.json").write_text("{}")
     state = read_state(unfinished)
     assert state["status"] == "running"
     assert [trial["id"] for trial in state["trials"]] == ["000", "001"]
@@ -87,10 +87,19 @@ def test_an_unfinished_search_is_shown_as_it_is(unfinished):
     assert state["result"] is None
     page, _ = rebuild_report(unfinished)
     assert "Running: 2 files measured, none meets the goals yet." in page.read_text()
-    record = unfinished / "trials" / "001" / "trial.json"
-    record.write_text(json.dumps({**json.loads(record.read_text()), "meets": True}))
+    again(unfinished, 1, meets=True)
     assert read_state(unfinished)["result"]["id"] == "001"
     assert "this is the best so far" in rebuild_report(unfinished)[0].read_text()
+
+
+def test_a_folder_of_an_earlier_version_has_a_file_for_each_trial(unfinished):
+    trials = read_state(unfinished)["trials"]
+    (unfinished / store.DATABASE).unlink()
+    for trial in trials:
+        (unfinished / "trials" / trial["id"] / "trial.json").write_text(json.dumps({**trial, "plan": {}}))
+    (unfinished / "trials" / ".002.99").mkdir()
+    (unfinished / "trials" / ".002.99" / "trial.json").write_text("{}")
+    assert read_state(unfinished)["trials"] == trials
 
 
 def test_trials_made_after_the_report_are_shown(finished, tmp_path):
@@ -102,6 +111,9 @@ def test_trials_made_after_the_report_are_shown(finished, tmp_path):
     assert state["status"] == "running"
     assert [trial["id"] for trial in state["trials"]] == ["000", "001", "002"]
     assert state["model"]["name"] == "small_cnn"
+    write = (folder / "report.json").read_text()
+    (folder / "report.json").write_text(write)  # written after the trial: of a shorter search in the same folder
+    assert read_state(folder)["status"] == "not met"
 
 
 @pytest.mark.parametrize(
@@ -132,6 +144,9 @@ def test_other_bad_arguments(finished, tmp_path, capsys):
         report_server(finished, 70000)
     with pytest.raises(DataError):
         report_server(tmp_path)
+    (tmp_path / store.DATABASE).write_text("no database")
+    with pytest.raises(DataError, match="can't be read"):
+        read_state(tmp_path)
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()

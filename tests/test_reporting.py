@@ -26,7 +26,7 @@ from dwindle.reporting.latency_plot import make_latency_plot
 from dwindle.reporting.layers import layer_table, pair_rows
 from dwindle.reporting.numbers import significant, times
 from dwindle.reporting.page import stage_rows
-from dwindle.reporting.plot import AXES, make_plot, make_plots, pareto
+from dwindle.reporting.plot import axes_of, make_plot, make_plots, pareto
 
 
 def trial(number, **changes):
@@ -286,7 +286,7 @@ def test_pareto_front_is_that_of_brute_force():
 
 
 def test_the_plot_is_in_scale(report):
-    plot = make_plot(report)
+    plot = make_plot(report, axes_of(report)[0])
     first, second = plot.points
     assert second.x < first.x
     assert second.y > first.y
@@ -302,7 +302,7 @@ def test_latency_is_an_axis_too(report):
     first, second = latency.points
     assert second.x < latency.x_limit < first.x
     report["goals"]["max_latency_ms"] = 0.1
-    assert make_plot(report, AXES[1]).x_limit < second.x
+    assert make_plot(report, axes_of(report)[1]).x_limit < second.x
     for each in report["trials"]:
         each["latency_ms"] = None
     assert [plot.key for plot in make_plots(report)] == ["size"]
@@ -310,21 +310,21 @@ def test_latency_is_an_axis_too(report):
 
 def test_a_file_that_failed_badly_does_not_press_the_others_into_a_line(report):
     report["trials"] = [trial(n, accuracy=0.98 - 0.001 * n) for n in range(6)] + [trial(6, accuracy=0.1)]
-    plot = make_plot(report)
+    plot = make_plot(report, axes_of(report)[0])
     assert [point.far for point in plot.points] == [False] * 6 + [True]
     heights = [point.y for point in plot.points[:6]]
     assert max(heights) - min(heights) > 50
     assert plot.points[6].y == plot.bottom
     report["metric"] = {"name": "mae", "higher_is_better": False}
     report["trials"] = [trial(n, accuracy=0.1 + 0.001 * n) for n in range(6)] + [trial(6, accuracy=5.0)]
-    plot = make_plot(report)
+    plot = make_plot(report, axes_of(report)[0])
     assert plot.points[6].y == plot.top
     assert plot.points[6].far
 
 
 def test_a_trial_without_a_figure_is_not_on_the_plot(report):
     report["trials"] += [trial(3, accuracy=float("nan")), trial(4, accuracy=None), trial(5, size_bytes=None)]
-    assert [point.trial for point in make_plot(report).points] == ["000", "001"]
+    assert [point.trial for point in make_plot(report, axes_of(report)[0]).points] == ["000", "001"]
     assert "nan" in read(report)[1]
 
 
@@ -451,6 +451,33 @@ def test_not_met_says_what_came_near_what_gave_way_and_what_to_try(missed, capsy
         assert "it loses 38.00 points" in text
     terminal_summary(missed)
     assert "allow --max-size 500KB" in " ".join(capsys.readouterr().out.split())
+
+
+def test_goals_for_packed_bytes_relative_loss_and_p90(missed):
+    for each, packed in zip(missed["trials"], (900_000, 300_000, 8000, None), strict=True):
+        each["packed_bytes"] = packed
+    missed["alternatives"] = {"smallest": "001", "most accurate": "000"}
+    missed["goals"] = {"max_relative_drop": 0.02, "max_latency_factor": 0.5, "latency": "p90"}
+    missed["verdicts"] = [
+        {"goal": "max_relative_drop", "limit": 0.02, "value": 0.39, "unit": "share", "met": False, "text": "metric 39% worse"},
+        {"goal": "max_packed", "limit": 7000.0, "value": 8000.0, "unit": "bytes", "met": False, "text": "packed size 8.0 KB"},
+    ]  # fmt: skip
+    lines = suggestions(missed)
+    assert lines[0].startswith(
+        "The accuracy goal is kept by #001, which needs 300 KB packed, where at most 7KB was asked for"
+    )
+    assert (
+        "beyond what 2 files reached; the nearest needs 8 KB packed at 60.00% (#002): allow --max-packed 300KB, and #001"
+        in lines[1]
+    )
+    _, text = read(missed)
+    assert "the smallest is #001 , the most accurate is #000" in text
+    assert "600 KB" not in text
+    plots = make_plots(missed)
+    assert plots[1].title == "latency of one sample, p90"
+    assert plots[1].points[0].x == plots[1].points[1].x  # both have the same p90
+    low = [point.y for point in plots[0].points]
+    assert low[0] < plots[0].metric_limit < low[2]
 
 
 def test_a_limit_to_allow_is_one_that_the_file_keeps(missed):

@@ -291,6 +291,19 @@ def _set_aside(train: Split, fraction: float, seed: int) -> tuple[Split, Split |
     return train.pick(np.flatnonzero(~mask)), train.pick(np.flatnonzero(mask))
 
 
+def halved(split: Split, seed: int) -> tuple[Split, Split | None]:
+    """Return two halves of some samples, evenly over the classes where labels are integers.
+
+    Args:
+        split: The samples.
+        seed: Seeds which go where.
+
+    Returns:
+        Both halves; all samples and None where there are too few.
+    """
+    return _set_aside(split, 0.5, seed)
+
+
 def _hash(splits: Mapping[str, Split | None]) -> str:
     digest = hashlib.sha256()
     for part in PARTS:

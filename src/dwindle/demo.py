@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import keras
 
 from dwindle.compressing import Goals, Result, compress
-from dwindle.compressing.steps import Say
+from dwindle.compressing.events import Event, Tell
 from dwindle.data import Data, load_demo_data
 from dwindle.seeding import seeded
 
@@ -38,7 +39,7 @@ def lenet5() -> keras.Model:
     )
 
 
-def train_original(data: Data, *, epochs: int, seed: int, say: Say) -> keras.Model:
+def train_original(data: Data, *, epochs: int, seed: int, tell: Tell) -> keras.Model:
     """Train the demo's original on the training images."""
     assert data.train is not None  # noqa: S101 - the demo's data has training images
     with seeded(seed):
@@ -50,7 +51,9 @@ def train_original(data: Data, *, epochs: int, seed: int, say: Say) -> keras.Mod
             logs = model.fit(
                 data.train.x[0], data.train.y, batch_size=64, initial_epoch=epoch, epochs=epoch + 1, verbose=0
             )
-            say(f"original: epoch {epoch + 1}/{epochs}, training accuracy {logs.history['accuracy'][-1]:.4f}")
+            reached = logs.history["accuracy"][-1]
+            text = f"original: epoch {epoch + 1}/{epochs}, training accuracy {reached:.4f}"
+            tell(Event(kind="progress", text=text, facts={"epoch": epoch + 1, "epochs": epochs}))
     return model
 
 
@@ -62,16 +65,21 @@ def run_demo(
     threads: int = 1,
     resume: bool = False,
     force: bool = False,
-    say: Say,
+    watch: Tell,
     command: str | None = None,
 ) -> Result:
     """Train LeNet-5 on the shipped digits (or all of MNIST from the Keras cache) and compress it to `GOALS`."""
     data = load_demo_data()
     counts: dict[str, Any] = {n: len(s) for n, s in (("training", data.train), ("test", data.test)) if s is not None}
+    say = _notes(watch)
     say(f"data: {data.source}, " + ", ".join(f"{count:,} {name} images" for name, count in counts.items()))
     say(f"goals: at most 0.5 points less accuracy, at most 45 KB, at most half of the time; results in {out}")
-    model = train_original(data, epochs=epochs or EPOCHS, seed=seed, say=say)
+    model = train_original(data, epochs=epochs or EPOCHS, seed=seed, tell=watch)
     return compress(
-        model, goals=GOALS, out=out, data=data, seed=seed, threads=threads, resume=resume, force=force, say=say,
+        model, goals=GOALS, out=out, data=data, seed=seed, threads=threads, resume=resume, force=force, watch=watch,
         source="LeNet-5, trained by the demo", command=command,
     )  # fmt: skip
+
+
+def _notes(tell: Tell) -> Callable[[str], None]:
+    return lambda text: tell(Event(kind="note", text=text))

@@ -22,10 +22,26 @@ class Interruption:
 
     Attributes:
         asked: Whether SIGINT has come.
+        held: Whether it is only remembered just now.
     """
 
     def __init__(self) -> None:
         self.asked = False
+        self.held = False
+
+    @contextlib.contextmanager
+    def deferred(self) -> Iterator[None]:
+        """Let what is inside come to its end, and stop after it if that was asked for meanwhile.
+
+        Raises:
+            KeyboardInterrupt: At the end, if it was.
+        """
+        self.held = True
+        try:
+            yield
+        finally:
+            self.held = False
+        self.check()
 
     def check(self) -> None:
         """Stop here if it was asked for.
@@ -63,7 +79,8 @@ def interruptible() -> Iterator[Interruption]:
 
     def handle(number: int, frame: FrameType | None) -> None:
         interruption.asked = True
-        signal.default_int_handler(number, frame)
+        if not interruption.held:
+            signal.default_int_handler(number, frame)
 
     signal.signal(signal.SIGINT, handle)
     try:

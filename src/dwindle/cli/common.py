@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import shlex
-import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -72,18 +72,38 @@ def run_options(sub: argparse.ArgumentParser, out: str) -> None:
     sub.add_argument("--seed", type=int, default=0, help="fixes the result on one machine (default 0)")
     sub.add_argument("--threads", type=int, default=1, help="threads of the latency measurement (default 1)")
     sub.add_argument("--json", action="store_true", help="print report.json to standard output")
+    sub.add_argument(
+        "--progress", default=PROGRESS[0], choices=PROGRESS,
+        help="how progress is shown on standard error (default auto: live on a terminal, else plain lines)",
+    )  # fmt: skip
+    sub.add_argument("--quiet", action="store_true", help="show no progress")
     sub.add_argument("--trust", action="store_true", help="let code in the model file run (Lambda layers)")
 
 
-def say(line: str) -> None:
-    """Show progress on standard error: one line that is written over on a terminal, plain lines elsewhere."""
-    passing = ": epoch " in line
-    if not sys.stderr.isatty():
-        print(line, file=sys.stderr, flush=True)
-        return
-    width = shutil.get_terminal_size().columns
-    text = line if not passing or len(line) < width else f"{line[: width - 2]}…"
-    print(f"\r\033[K{text}", end="" if passing else "\n", file=sys.stderr, flush=True)
+PROGRESS = ("auto", "live", "plain", "json", "none")
+
+
+@contextlib.contextmanager
+def display(options: argparse.Namespace, goals: Any) -> Iterator[Callable[[Any], None]]:
+    """Give what shows a search's events on standard error while it runs, as ``--progress`` says."""
+    kind = "none" if options.quiet else options.progress
+    if kind == "auto":
+        kind = "live" if sys.stderr.isatty() else "plain"
+    if kind == "live":
+        from dwindle.reporting.live import LiveDisplay
+
+        with LiveDisplay(goals, getattr(options, "budget", None)) as watch:
+            yield watch
+    else:
+        yield {"plain": _plain, "json": _json_line, "none": lambda _event: None}[kind]
+
+
+def _plain(event: Any) -> None:
+    print(event.text, file=sys.stderr, flush=True)
+
+
+def _json_line(event: Any) -> None:
+    print(json.dumps(event.to_dict()), file=sys.stderr, flush=True)
 
 
 def progress(what: str) -> Callable[[int, int], None] | None:

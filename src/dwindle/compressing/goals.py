@@ -7,8 +7,13 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from dwindle.errors import ConfigError, did_you_mean
+from dwindle.errors import ConfigError, check_choice, did_you_mean
 from dwindle.units import number_in, parse_drop, parse_size
+
+LIMITS = ("max_drop", "max_relative_drop", "max_size", "max_packed", "max_latency", "max_ram")
+LATENCIES = ("p50", "p90")
+# What can be made small among the files that meet the goals, and where a trial's record has it.
+COSTS = ("size", "packed", "latency", "ram", "drop")
 
 
 def parse_latency(value: str | float, name: str = "max_latency") -> tuple[float | None, float | None]:
@@ -38,26 +43,39 @@ class Goals:
 
     Args:
         max_drop: Largest accepted loss of the metric against the original, absolute: 0.005 or ``"0.5%"``.
+        max_relative_drop: The same as a share of the original's metric, for metrics of any size: 0.02 or ``"2%"``.
         max_size: Largest size of the file: bytes or ``"45KB"`` (1 KB = 1000 bytes).
-        max_latency: Largest median latency: milliseconds, ``"2ms"``, or a factor of the original's, ``"0.5x"``.
+        max_packed: Largest size packed by `dwindle.packing.pack`, as it is sent or kept in flash: bytes or ``"8KB"``.
+        max_latency: Largest latency: milliseconds, ``"2ms"``, or a factor of the original's, ``"0.5x"``.
         max_ram: Largest RAM while it runs: bytes or ``"64KB"``.
+        latency: Which latency is meant: ``"p50"``, the median, or ``"p90"``.
+        minimize: What is to be small among the files that meet all this: ``"size"``, ``"packed"``, ``"latency"``,
+            ``"ram"`` or ``"drop"``. None: the size; the drop where no limit is set to it.
 
     Raises:
         ConfigError: For a value that can't be met by any file, or when nothing is asked for.
     """
 
     max_drop: float | str | None = None
+    max_relative_drop: float | str | None = None
     max_size: int | str | None = None
+    max_packed: int | str | None = None
     max_latency: float | str | None = None
     max_ram: int | str | None = None
+    latency: str = "p50"
+    minimize: str | None = None
 
     def __post_init__(self) -> None:
         """Check every value, and turn it into plain numbers."""
-        if all(value is None for value in (self.max_drop, self.max_size, self.max_latency, self.max_ram)):
-            raise ConfigError("no goal is given; pass at least one of `max_drop`, `max_size`, `max_latency`, `max_ram`")
-        if self.max_drop is not None:
-            object.__setattr__(self, "max_drop", parse_drop(self.max_drop))
-        for name in ("max_size", "max_ram"):
+        if all(getattr(self, name) is None for name in LIMITS):
+            raise ConfigError(f"no goal is given; pass at least one of {', '.join(f'`{name}`' for name in LIMITS)}")
+        check_choice("latency", self.latency, LATENCIES)
+        if self.minimize is not None:
+            check_choice("minimize", self.minimize, COSTS)
+        for name in ("max_drop", "max_relative_drop"):
+            if getattr(self, name) is not None:
+                object.__setattr__(self, name, parse_drop(getattr(self, name), name))
+        for name in ("max_size", "max_packed", "max_ram"):
             if getattr(self, name) is not None:
                 object.__setattr__(self, name, parse_size(getattr(self, name), name))
         if self.max_latency is not None:
@@ -76,6 +94,38 @@ class Goals:
     def max_latency_factor(self) -> float | None:
         """The latency goal as a factor of the original's, if it is one."""
         return None if self.max_latency is None else parse_latency(self.max_latency)[1]
+
+    @property
+    def limits_drop(self) -> bool:
+        """Whether a limit is set to the loss of the metric."""
+        return self.max_drop is not None or self.max_relative_drop is not None
+
+    @property
+    def minimized(self) -> str:
+        """What is to be small among the files that meet the goals, one of `COSTS`."""
+        return self.minimize or ("size" if self.limits_drop else "drop")
+
+    @property
+    def needs_packed(self) -> bool:
+        """Whether packed sizes matter, which take time to find."""
+        return self.max_packed is not None or self.minimized == "packed"
+
+    def loss(self, baseline: Mapping[str, Any], trial: Mapping[str, Any], higher_is_better: bool) -> float | None:
+        """Return how much worse the metric of a trial is than the original's; None without labels."""
+        before, after = baseline.get("accuracy"), trial.get("accuracy")
+        if before is None or after is None:
+            return None
+        return float(before - after if higher_is_better else after - before)
+
+    def cost(self, baseline: Mapping[str, Any], trial: Mapping[str, Any], higher_is_better: bool) -> float:
+        """Return what is to be small of a trial's measured figures: bytes, milliseconds, or points."""
+        kind = self.minimized
+        if kind == "drop":
+            loss = self.loss(baseline, trial, higher_is_better)
+            return float(trial["size_bytes"]) if loss is None else loss
+        if kind == "latency":
+            return float(trial["latency_ms"][self.latency])
+        return float(trial[{"size": "size_bytes", "packed": "packed_bytes", "ram": "ram_bytes"}[kind]])
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain data; `from_dict` makes an equal object."""
@@ -110,19 +160,23 @@ class Goals:
             upper_drop: What the loss is at most with 95% confidence, where that is known.
         """
         verdicts = []
-        if self.max_drop is not None and trial.get("accuracy") is not None and baseline.get("accuracy") is not None:
-            drop = baseline["accuracy"] - trial["accuracy"]
-            drop = drop if higher_is_better else -drop
-            verdicts.append(Verdict.of("max_drop", float(self.max_drop), drop, "points", upper_drop))
-        if self.max_size is not None:
-            verdicts.append(Verdict.of("max_size", float(self.max_size), float(trial["size_bytes"]), "bytes"))
+        loss = self.loss(baseline, trial, higher_is_better)
+        if self.max_drop is not None and loss is not None:
+            verdicts.append(Verdict.of("max_drop", float(self.max_drop), loss, "points", upper_drop))
+        if self.max_relative_drop is not None and loss is not None:
+            share = loss / max(abs(float(baseline["accuracy"])), 1e-12)
+            verdicts.append(Verdict.of("max_relative_drop", float(self.max_relative_drop), share, "share"))
+        for name, key in (("max_size", "size_bytes"), ("max_packed", "packed_bytes"), ("max_ram", "ram_bytes")):
+            limit = getattr(self, name)
+            if limit is not None:
+                verdicts.append(Verdict.of(name, float(limit), float(trial[key]), "bytes"))
+        took = trial["latency_ms"][self.latency]
         if self.max_latency_ms is not None:
-            verdicts.append(Verdict.of("max_latency", self.max_latency_ms, trial["latency_ms"]["p50"], "ms"))
+            verdicts.append(Verdict.of("max_latency", self.max_latency_ms, took, "ms"))
         if self.max_latency_factor is not None:
-            factor = trial["latency_ms"]["p50"] / (trial.get("baseline_p50_ms") or baseline["latency_ms"]["p50"])
+            own = {"p50": trial.get("baseline_p50_ms"), "p90": trial.get("baseline_p90_ms")}[self.latency]
+            factor = took / (own or baseline["latency_ms"][self.latency])
             verdicts.append(Verdict.of("max_latency", self.max_latency_factor, factor, "times the original"))
-        if self.max_ram is not None:
-            verdicts.append(Verdict.of("max_ram", float(self.max_ram), float(trial["ram_bytes"]), "bytes"))
         return verdicts
 
 
@@ -134,7 +188,8 @@ class Verdict:
         goal: Its name.
         limit: What was asked for.
         value: What was measured.
-        unit: ``points`` (of the metric), ``bytes``, ``ms`` or ``times the original``.
+        unit: ``points`` (of the metric), ``share`` (of the original's metric), ``bytes``, ``ms`` or ``times the
+            original``.
         met: Whether the value is within the limit.
         upper: What the value is at most with 95% confidence, where samples are few enough to matter; else None.
     """
@@ -161,7 +216,7 @@ class Verdict:
         """How far beyond the limit, relative to it; 0 where met."""
         if self.met:
             return 0.0
-        return (self.value - self.limit) / (0.01 if self.unit == "points" else self.limit)
+        return (self.value - self.limit) / (0.01 if self.unit in ("points", "share") else self.limit)
 
     @property
     def text(self) -> str:
@@ -170,8 +225,11 @@ class Verdict:
             change = f"loss of {100 * self.value:.2f}" if self.value >= 0 else f"gain of {-100 * self.value:.2f}"
             sure = "" if self.upper is None else f" (with 95% confidence at most {100 * self.upper:.2f})"
             return f"{change} points{sure}, at most {100 * self.limit:.2f} lost"
+        if self.unit == "share":
+            change = "worse" if self.value >= 0 else "better"
+            return f"metric {abs(self.value):.2%} {change}, at most {self.limit:.2%} worse"
         if self.unit == "bytes":
-            what = "RAM" if self.goal == "max_ram" else "size"
+            what = {"max_ram": "RAM", "max_packed": "packed size"}.get(self.goal, "size")
             return f"{what} {self.value / 1000:,.1f} KB, at most {self.limit / 1000:,.1f} KB"
         if self.unit == "ms":
             return f"latency {self.value:.4g} ms, at most {self.limit:.4g} ms"

@@ -1,34 +1,28 @@
-"""The search: try plans in the order of their cost, measure each file, keep the cheapest that meets the goals."""
+"""The search: plans are proposed, tried and measured until the goals are met and nothing better is in sight."""
 
 from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import keras
 import numpy as np
 
-from dwindle.compressing import candidates
+from dwindle.compressing.engines import Engine, Inline, Task
+from dwindle.compressing.events import Event, Tell
 from dwindle.compressing.goals import Goals, Verdict
 from dwindle.compressing.plans import Plan
-from dwindle.compressing.steps import Say, Workbench, run_steps
+from dwindle.compressing.proposing import Proposer
+from dwindle.compressing.screening import Screen
 from dwindle.compressing.store import Store
-from dwindle.data import Data, Split
-from dwindle.errors import ConfigError, ConversionError, DataError, UnsupportedModelError, VerificationError
-from dwindle.exporting import export
-from dwindle.files import save_keras
-from dwindle.measuring import compare_latency, higher_is_better, measure
-from dwindle.quantization import quantize, resolve_scheme
-from dwindle.seeding import seeded
-from dwindle.targets import Target
+from dwindle.compressing.trying import Case, blank, outcome
+from dwindle.errors import ConversionError
+from dwindle.measuring import compare_latency, higher_is_better
 
 ORIGINAL = Plan(name="original, float32", steps=(("export", {"scheme": "float32"}),))
-# A trial that can't be done says why and the search goes on; anything else is a defect and stops it.
-_REASONS = (ConfigError, DataError, UnsupportedModelError, ConversionError, VerificationError)
 
 
 @dataclass(kw_only=True)
@@ -36,205 +30,217 @@ class Search:
     """One run of `compress`: the model, the goals, and what has been tried.
 
     Attributes:
-        bench: What steps work with.
-        data: Train, validation and test samples.
+        case: What trials have in common.
         goals: What to reach.
-        target: What runs the file.
         store: The out folder.
-        metric: Name of the metric.
-        epochs: Epochs of a student's training; fine-tuning takes a part of it.
-        threads: Threads of the latency measurement.
+        epochs: Epochs of a whole training.
+        tell: Called with what happens.
+        engine: Where trials run; None: in this process, one after the other.
+        most: About how many trials there are at most.
         plan: The only plan to run, or None for the search.
-        say: Called with progress lines.
         deadline: The `time.monotonic` after which no further trial begins; None: there is none.
         trials: Records of what was tried, the original first.
+        current: Number of the trial that began last.
     """
 
-    bench: Workbench
-    data: Data
+    case: Case
     goals: Goals
-    target: Target
     store: Store
-    metric: Any
     epochs: int
-    threads: int
-    plan: Plan | None
-    say: Say
+    tell: Tell
+    engine: Engine | None = None
+    most: int = 40
+    plan: Plan | None = None
     deadline: float | None = None
     trials: list[dict[str, Any]] = field(default_factory=list)
-    current: str = ""
+    current: int | None = None
 
     def run(self) -> None:
-        """Try plans until the goals are met as cheaply as this search knows how."""
-        original = self._try(ORIGINAL)
+        """Try plans until the goals are met and nothing better is in sight, or time is over."""
+        self.measure_original()
+        engine = self.engine or Inline(self.case)
+        if self.plan is not None:
+            self._batch([self.plan], engine)
+            return
+        untrained = self.case.bench.train is None or self.case.bench.train.y is None
+        if untrained:
+            self._note("no labelled training data: techniques that train are left out")
+        proposals = self.proposer().batches(without_training=untrained, without_samples=self.case.calibration is None)
+        plans = next(proposals, None)
+        while plans is not None:
+            records = self._batch(plans, engine)
+            if self._late():
+                self._note("the time budget is spent")
+                return
+            try:
+                plans = proposals.send(records)
+            except StopIteration:
+                return
+
+    def measure_original(self) -> None:
+        """Export the original in float32 and measure it, the first trial.
+
+        Raises:
+            ConversionError: If it can't be done.
+        """
+        (original,) = self._batch([ORIGINAL], Inline(self.case))
         if original["status"] != "done":
             raise ConversionError(f"the original can't be exported and measured: {original['reason']}")
-        if self.plan is not None:
-            self._try(self.plan)
-            return
-        for plan in candidates.after_training(self._split() is None):
-            self._try(plan)
-        if self.bench.train is None or self.bench.train.y is None:
-            self.say("no labelled training data: techniques that train are left out")
-            return
-        self._same_size()
-        self._students()
 
-    def _same_size(self) -> None:
-        smallest = candidates.smallest_int8_bytes(self.bench.original)
-        for plan in candidates.same_size(self.epochs):
-            if self.goals.max_size is not None and smallest > int(self.goals.max_size):
-                why = (
-                    f"{smallest:,} parameters of 8 bits are more than the {int(self.goals.max_size):,} bytes asked for"
-                )
-                self._skip(plan, why)
-            else:
-                self._try(plan)
-
-    def _students(self) -> None:
-        misses = 0
-        for width in candidates.student_widths(self.bench.original, self.goals, self.say):
-            if self._late():
-                return
-            record = self._try(candidates.student(width, self.epochs))
-            # Narrower ones are cheaper but less accurate: after two that are too inaccurate in a row it is over.
-            misses = misses + 1 if self._too_inaccurate(record) else 0
-            if misses == 2:
-                return
-
-    def _late(self) -> bool:
-        return self.deadline is not None and time.monotonic() > self.deadline
-
-    def _too_inaccurate(self, record: Mapping[str, Any]) -> bool:
-        if record["status"] != "done":
-            return True
-        return any(v.goal == "max_drop" and not v.met for v in self.verdicts(record))
-
-    def _split(self) -> Split | None:
-        return self.data.train or self.data.val or self.data.test
+    def proposer(self) -> Proposer:
+        """Return the strategy; the original must have been measured."""
+        return Proposer(
+            model=self.case.bench.original, goals=self.goals, higher_is_better=higher_is_better(self.case.metric),
+            baseline=self.trials[0], schemes=self.case.target.schemes, epochs=self.epochs, trials=self.most,
+            screen=Screen(case=self.case, goals=self.goals, store=self.store, baseline=self.trials[0],
+                          tell=self.tell), seed=self.case.bench.seed,
+        )  # fmt: skip
 
     def verdicts(self, record: Mapping[str, Any]) -> list[Verdict]:
         """Judge a trial by the figures measured on validation data."""
-        return self.goals.judge(self.trials[0], record, higher_is_better(self.metric))
+        return self.goals.judge(self.trials[0], record, higher_is_better(self.case.metric))
 
     def meets(self, record: Mapping[str, Any]) -> bool:
         """Whether a finished trial meets every goal."""
         return record["status"] == "done" and all(verdict.met for verdict in self.verdicts(record))
 
     def best(self) -> dict[str, Any] | None:
-        """Return the smallest file that meets the goals; without one, that which misses them by least."""
+        """Return the file that costs least of those that meet the goals, or misses them by least."""
         done = [trial for trial in self.trials if trial["status"] == "done"]
-        meeting = [trial for trial in done if self.meets(trial)]
-        if meeting:
-            return min(meeting, key=lambda t: (t["size_bytes"], t["latency_ms"]["p50"]))
-        return min(done, key=lambda t: sum(v.excess for v in self.verdicts(t)), default=None)
+        return min(done, key=self._rank, default=None)
 
-    def _skip(self, plan: Plan, reason: str) -> dict[str, Any]:
-        number = len(self.trials)
-        self.trials.append(_record(number, plan, status="skipped", reason=reason))
-        self.say(f"[{number}] {plan.name}: skipped, {reason}")
-        return self.trials[-1]
+    def _rank(self, record: Mapping[str, Any]) -> tuple[float, float, float, float]:
+        excess = sum(verdict.excess for verdict in self.verdicts(record))
+        higher = higher_is_better(self.case.metric)
+        loss = self.goals.loss(self.trials[0], record, higher) or 0.0
+        return excess, self.goals.cost(self.trials[0], record, higher), record["size_bytes"], loss
 
-    def _try(self, plan: Plan) -> dict[str, Any]:
-        self.bench.interruption.check()
+    def alternatives(self) -> dict[str, str]:
+        """Return which trial is the smallest, the fastest and the most accurate of those that meet the goals."""
+        meeting = [trial for trial in self.trials[1:] if self.meets(trial)]
+        if not meeting:
+            return {}
+        higher = higher_is_better(self.case.metric)
+        keys = {
+            "smallest": lambda t: t["size_bytes"], "fastest": lambda t: t["latency_ms"][self.goals.latency],
+            "most accurate": lambda t: self.goals.loss(self.trials[0], t, higher) or 0.0,
+        }  # fmt: skip
+        return {name: str(min(meeting, key=key)["id"]) for name, key in keys.items()}
+
+    def _note(self, text: str) -> None:
+        self.tell(Event(kind="note", text=text))
+
+    def _late(self) -> bool:
+        return self.deadline is not None and time.monotonic() > self.deadline
+
+    def _too_long(self, plan: Plan) -> bool:
+        """Whether a plan would not be done in time, by how long the epochs of others took."""
+        if self.deadline is None or self.plan is not None:
+            return False
+        trained = [(t["seconds"], _new_epochs(t["plan"], self.trials[:number])) for number, t in enumerate(self.trials)]
+        known = [(seconds, epochs) for seconds, epochs in trained if epochs]
+        epochs = _new_epochs(plan.to_dict(), self.trials)
+        if not known or not epochs:
+            return self._late()
+        each = sum(seconds for seconds, _ in known) / sum(epochs for _, epochs in known)
+        return bool(time.monotonic() + epochs * each > self.deadline)
+
+    def _batch(self, plans: Sequence[Plan], engine: Engine) -> list[dict[str, Any]]:
+        """Try plans that do not depend on each other; return their records in the same order."""
+        self.case.bench.interruption.check()
+        first = len(self.trials)
+        records: dict[int, dict[str, Any]] = {}
+        for number, plan in enumerate(plans, start=first):
+            before = self.store.finished(number)
+            if before is not None and before.get("plan") == plan.to_dict():
+                records[number] = before
+        again = set(records)
+        alone = isinstance(engine, Inline)
+        # One after the other, each may find that time is over; side by side, they begin together.
+        groups = [[pair] for pair in enumerate(plans, start=first)] if alone else [list(enumerate(plans, start=first))]
+        for group in groups:
+            tasks = [task for number, plan in group if number not in records
+                     for task in [self._task(number, plan, records)] if task is not None]  # fmt: skip
+            for task, record in engine.run(tasks):
+                self.case.bench.interruption.check()  # what an interruption broke is no result
+                with self.case.bench.interruption.deferred():
+                    self.store.finish(task.number, task.working, record)
+                    records[task.number] = record
+                    if alone:
+                        self._settle(record, again=False)
+            for number, _ in group:
+                if number == len(self.trials):
+                    with self.case.bench.interruption.deferred():
+                        self._settle(records[number], again=number in again)
+        self.store.forget_twins(self._kept())
+        return [records[number] for number in range(first, first + len(plans))]
+
+    def _task(self, number: int, plan: Plan, records: dict[int, dict[str, Any]]) -> Task | None:
+        """Return a trial's task; None where it is skipped, with a record that says why."""
+        schemes, scheme = self.case.target.schemes, plan.steps[-1][1]["scheme"]
+        reason = None
+        if number > 0 and schemes is not None and scheme not in schemes:
+            reason = f"{self.case.target.name} runs {', '.join(schemes)}, not {scheme}"
+        elif number > 0 and self.plan is None and (self._late() or self._too_long(plan)):
+            reason = "the time budget is spent" if self._late() else "it would take longer than the time budget"
+        if reason is not None:
+            records[number] = blank(number, plan, status="skipped", reason=reason)
+            return None
+        self.current = number
+        self.tell(Event(kind="begin", text=f"[{number}] {plan.name}: begins", trial=number, facts={"name": plan.name}))
+        return Task(number=number, plan=plan, working=self.store.begin(number))
+
+    def _settle(self, record: dict[str, Any], *, again: bool) -> None:
+        """Time a trial's file beside the original's, judge it, and say how it ended, now or in an earlier run."""
         number = len(self.trials)
-        self.current = f"[{number}] {plan.name}"
-        before = self.store.finished(number)
-        if before is not None and before.get("plan") == plan.to_dict():
-            self.trials.append(before)
-            before["meets"] = self.meets(before)  # the goals may be others than in the earlier run
-            self.say(f"{self.current}: done before")
-            return before
-        scheme = plan.steps[-1][1]["scheme"]
-        if number > 0 and self.target.schemes is not None and scheme not in self.target.schemes:
-            return self._skip(plan, f"{self.target.name} runs {', '.join(self.target.schemes)}, not {scheme}")
-        if number > 0 and self.plan is None and self._late():
-            return self._skip(plan, "the time budget is spent")
-        self.say(f"{self.current}: begins")
-        begun = time.monotonic()
-        working = self.store.begin(number)
-        try:
-            with seeded(self.bench.seed + number):
-                record = self._carry_out(plan, number, working)
-        except _REASONS as error:
-            record = _record(number, plan, status="failed", reason=str(error))
-        self.bench.interruption.check()  # what an interruption broke is no result
-        record["seconds"] = round(time.monotonic() - begun, 2)
+        known = [trial for trial in self.trials if trial["status"] == "done"]
         self.trials.append(record)
         if record["status"] == "done":
-            record["meets"] = self.meets(record)
-        self.store.finish(number, working, record)
-        self.say(f"{self.current}: {_outcome(record)}")
-        return record
+            if number > 0 and "baseline_p50_ms" not in record:
+                files = [self.store.folder / self.trials[0]["file"], self.store.folder / record["file"]]
+                before, after = compare_latency(files, threads=self.case.threads)
+                record["latency_ms"] = {"p50": after.p50_ms, "p90": after.p90_ms}
+                record["baseline_p50_ms"], record["baseline_p90_ms"] = before.p50_ms, before.p90_ms
+            record["meets"] = self.meets(record)  # the goals may be others than in an earlier run
+        if record["status"] != "skipped":
+            self.store.write(number, record)
+        figures = {key: record.get(key) for key in ("name", "status", "accuracy", "size_bytes", "latency_ms", "meets",
+                                                    "seconds", "reason")}  # fmt: skip
+        text = f"[{number}] {record['name']}: {'done before, ' if again else ''}{outcome(record)}"
+        self.tell(Event(kind="end", text=text, trial=number, facts=figures))
+        if number > 0 and record["status"] == "done" and self._rank(record) < min(map(self._rank, known)):
+            self.tell(Event(kind="best", text=f"best so far: [{number}] {record['name']}", trial=number, facts=figures))
 
-    def _carry_out(self, plan: Plan, number: int, working: Path) -> dict[str, Any]:
-        model = run_steps(plan.steps, self.bench)
-        scheme = plan.steps[-1][1]["scheme"]
-        split = self._split()
-        samples = None if split is None else list(split.x)
-        path = working / "model.tflite"
-        if not resolve_scheme(scheme).is_float and not getattr(model, "quantization", None):
-            model = _simulated(model, scheme, samples)
-        artefact = export(model, path, scheme=scheme, data=samples)
-        save_keras(model, working / "model.keras")
-        judged = self.data.val or self.data.test or self.data.train
-        figures = measure(path, self._pair(judged), metric=self.metric, threads=self.threads)
-        if number > 0 and self.target.runtime == "micro" and figures.arena_bytes is None:
-            raise UnsupportedModelError(f"TensorFlow Lite Micro does not run the file: {figures.arena_note}")
-        record = _record(number, plan, status="done", reason=None)
-        record.update(figures_of(figures), file=f"trials/{number:03d}/model.tflite", notes=list(artefact.notes))
-        record["verification"] = artefact.verification.to_dict()
-        if number > 0:
-            files = [self.store.folder / self.trials[0]["file"], path]
-            before, after = compare_latency(files, threads=self.threads)
-            record["latency_ms"] = {"p50": after.p50_ms, "p90": after.p90_ms}
-            record["baseline_p50_ms"] = before.p50_ms
-        return record
+    def _kept(self) -> Iterable[str]:
+        """Return the trials whose twins stay: those that no other beats in everything that was measured."""
+        done = [trial for trial in self.trials if trial["status"] == "done"]
+        higher = higher_is_better(self.case.metric)
 
-    @staticmethod
-    def _pair(split: Split | None) -> tuple[Any, Any] | None:
-        if split is None or split.y is None:
-            return None
-        return (split.x[0] if len(split.x) == 1 else list(split.x)), split.y
+        def figures(trial: Mapping[str, Any]) -> tuple[float, ...]:
+            return (
+                trial["size_bytes"], trial["latency_ms"][self.goals.latency], trial["ram_bytes"],
+                trial.get("packed_bytes", 0), self.goals.loss(self.trials[0], trial, higher) or 0.0,
+            )  # fmt: skip
+
+        rows = np.array([figures(trial) for trial in done])
+        for row, trial in zip(rows, done, strict=True):
+            if not ((rows <= row).all(axis=1) & (rows < row).any(axis=1)).any():
+                yield str(trial["id"])
 
 
-def _simulated(model: keras.Model, scheme: str, samples: Any) -> keras.Model:
-    """Return the trainable twin of the quantized file, or the model itself where it can't be lifted."""
-    try:
-        return quantize(model, scheme, samples)
-    except UnsupportedModelError:
-        return model
+def _new_epochs(plan: Mapping[str, Any], before: Iterable[Mapping[str, Any]]) -> int:
+    """Return how many epochs a plan trains that none of the trials before had trained already, in the same steps."""
 
+    def parts(one: Mapping[str, Any]) -> list[tuple[str, Mapping[str, Any]]]:
+        return [next(iter(step.items())) for step in one["steps"]]
 
-def figures_of(measurement: Any) -> dict[str, Any]:
-    """Return the figures of a measurement under the names of report.json."""
-    return {
-        "accuracy": measurement.accuracy,
-        "size_bytes": measurement.size_bytes,
-        "latency_ms": measurement.latency_ms,
-        "ram_bytes": measurement.ram_bytes,
-        "ram_source": measurement.ram_source,
-        "sha256": measurement.sha256,
-        "parameters": measurement.parameters,
-    }
-
-
-def _record(number: int, plan: Plan, *, status: str, reason: str | None) -> dict[str, Any]:
-    return {
-        "id": f"{number:03d}", "name": plan.name, "steps": plan.words(), "plan": plan.to_dict(), "status": status,
-        "reason": reason, "file": None, "meets": False, "seconds": 0.0, "notes": [],
-    }  # fmt: skip
-
-
-def _outcome(record: Mapping[str, Any]) -> str:
-    if record["status"] != "done":
-        return f"{record['status']}, {record['reason']}"
-    accuracy = "" if record["accuracy"] is None else f"{record['accuracy']:.4f}, "
-    meets = ", meets the goals" if record["meets"] else ""
-    return (
-        f"{accuracy}{record['size_bytes'] / 1000:,.1f} KB, {record['latency_ms']['p50']:.4g} ms{meets} "
-        f"({record['seconds']:.1f} s)"
-    )
+    steps, shared = parts(plan), 0
+    for trial in before:
+        other = parts(trial["plan"])
+        same = next((n for n, (one, two) in enumerate(zip(steps, other, strict=False)) if one != two),
+                    min(len(steps), len(other)))  # fmt: skip
+        shared = max(shared, same)
+    return sum(int(options["epochs"]) for step, options in steps[shared:] if step == "train")
 
 
 def fingerprint(model: keras.Model) -> str:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,6 +14,8 @@ import keras
 import numpy as np
 
 from dwindle.clustering import cluster
+from dwindle.compressing.events import Event, Tell
+from dwindle.compressing.stages import Stages
 from dwindle.data import Split
 from dwindle.distillation import distill, ends_in, record
 from dwindle.errors import ConfigError
@@ -20,13 +24,12 @@ from dwindle.factorization import factorize
 from dwindle.interruption import Interruption, StopTraining
 from dwindle.pruning import PolynomialDecay, prune
 from dwindle.quantization import quantize
+from dwindle.seeding import seeded
 from dwindle.shrinking import shrink
 
 BATCH_SIZE = 64
 # A schedule of pruning ends here, so that the rest of the training repairs what was removed.
 PRUNING_SHARE = 0.6
-
-Say = Callable[[str], None]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,10 +42,11 @@ class Workbench:
         loss: Loss of the training.
         distills: Whether the original can teach (one output of at least two classes).
         seed: Seeds weights and the order of samples.
-        say: Called with progress, one line.
+        tell: Called with progress.
         interruption: Asked at each step and batch.
         folder: Where what the original says of the training samples is recorded, once for all trials; None: it is asked
             in every step.
+        stages: Where trained models are kept for other plans that begin alike; None: nowhere.
     """
 
     original: keras.Model
@@ -50,25 +54,38 @@ class Workbench:
     loss: Any
     distills: bool
     seed: int
-    say: Say
+    tell: Tell
     interruption: Interruption = field(default_factory=Interruption)
     folder: Path | None = None
+    stages: Stages | None = None
 
 
-def run_steps(steps: Any, bench: Workbench) -> keras.Model:
-    """Do every step but the export; return the model to export."""
-    model = bench.original
-    steps = list(steps)
-    for number, (step, options) in enumerate(steps):
+def run_steps(steps: Sequence[tuple[str, Mapping[str, Any]]], bench: Workbench) -> keras.Model:
+    """Do every step but the export; return the model to export.
+
+    Each step has a seed of its own, made from the bench's seed and all steps up to it: the same steps make the same
+    model, whether they are done in one go or from a stage that was kept.
+    """
+    steps = [pair for pair in steps if pair[0] != "export"]
+    done, model = (0, None) if bench.stages is None else bench.stages.nearest(steps)
+    model = bench.original if model is None else model
+    for number, (step, options) in list(enumerate(steps))[done:]:
         bench.interruption.check()
-        if step == "export":
-            break
-        if step == "prune":
-            coming = next((o for s, o in steps[number + 1 :] if s == "train"), None)
-            model = _prune(model, options, coming, bench)
-        else:
-            model = _STEPS[step](model, options, bench)
+        first = steps[: number + 1]
+        with seeded(_seed(first, bench.seed)):
+            if step == "prune":
+                coming = next((o for s, o in steps[number + 1 :] if s == "train"), None)
+                model = _prune(model, options, coming, bench)
+            else:
+                model = _STEPS[step](model, options, bench)
+        if step == "train" and bench.stages is not None and all(name != "quantize" for name, _ in first):
+            bench.stages.keep(first, model)
     return model
+
+
+def _seed(steps: Sequence[tuple[str, Mapping[str, Any]]], seed: int) -> int:
+    told = json.dumps([seed, [[step, dict(options)] for step, options in steps]], sort_keys=True)
+    return int.from_bytes(hashlib.sha256(told.encode("utf8")).digest()[:4], "little")
 
 
 def _shrink(model: keras.Model, options: Mapping[str, Any], bench: Workbench) -> keras.Model:
@@ -114,16 +131,14 @@ def _train(model: keras.Model, options: Mapping[str, Any], bench: Workbench) -> 
         )
     learner, x = model, pack_inputs(model, split.x)
     if bench.distills:
-        teacher = (
-            bench.original if bench.folder is None else record(bench.original, x, bench.folder, progress=bench.say)
-        )
+        teacher = bench.original if bench.folder is None else record(bench.original, x, bench.folder)
         learner = distill(model, teacher, temperature=options["temperature"], alpha=options["alpha"])
     steps = options["epochs"] * _steps_per_epoch(split)
     rate = keras.optimizers.schedules.CosineDecay(options["learning_rate"], decay_steps=max(1, steps))
     learner.compile(keras.optimizers.Adam(rate), loss=bench.loss)
     learner.fit(
         x, split.y, batch_size=BATCH_SIZE, epochs=options["epochs"], verbose=0,
-        callbacks=[_Progress(bench.say, options["epochs"]), StopTraining(bench.interruption)],
+        callbacks=[_Progress(bench.tell, options["epochs"]), StopTraining(bench.interruption)],
     )  # fmt: skip
     return model
 
@@ -150,14 +165,17 @@ def _steps_per_epoch(split: Split) -> int:
 class _Progress(keras.callbacks.Callback):
     """Say the epoch and the loss."""
 
-    def __init__(self, say: Say, epochs: int) -> None:
+    def __init__(self, tell: Tell, epochs: int) -> None:
         super().__init__()
-        self._say = say
+        self._tell = tell
         self._epochs = epochs
 
     def on_epoch_end(self, epoch: int, logs: Mapping[str, Any] | None = None) -> None:
         """Say how far it is."""
-        self._say(f"epoch {epoch + 1}/{self._epochs}, loss {(logs or {}).get('loss', float('nan')):.4f}")
+        loss = float((logs or {}).get("loss", float("nan")))
+        text = f"epoch {epoch + 1}/{self._epochs}, loss {loss:.4f}"
+        facts = {"epoch": epoch + 1, "epochs": self._epochs, "loss": loss}
+        self._tell(Event(kind="progress", text=text, facts=facts))
 
 
 def training_loss(model: keras.Model, y: np.ndarray | None) -> Any:

@@ -7,12 +7,16 @@ from collections.abc import Mapping
 from typing import Any
 
 from dwindle.reporting.numbers import format_bytes, format_metric, format_ms, significant
-from dwindle.reporting.plot import p50_of
+from dwindle.reporting.plot import latency_key, latency_of, p50_of
 
 Trial = Mapping[str, Any]
 NEAR = 1.25  # within a quarter of the limit more training may do
 
-_OPTION = {"max_drop": "--max-drop", "max_size": "--max-size", "max_latency": "--max-latency", "max_ram": "--max-ram"}
+_OPTION = {
+    "max_drop": "--max-drop", "max_relative_drop": "--max-relative-drop", "max_size": "--max-size",
+    "max_packed": "--max-packed", "max_latency": "--max-latency", "max_ram": "--max-ram",
+}  # fmt: skip
+_LOSSES = ("points", "share")  # units of goals for the metric
 
 
 def missed_goals(report: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -79,17 +83,20 @@ def value_of(report: Mapping[str, Any], trial: Trial, verdict: Mapping[str, Any]
             return float(own["value"])
     trials = _done(report)
     original = trials[0] if trials else report.get("baseline") or {}
-    if verdict["unit"] == "points":
+    if verdict["unit"] in _LOSSES:
         before, after = original.get("accuracy"), trial.get("accuracy")
-        sign = 1 if (report.get("metric") or {}).get("higher_is_better", True) else -1
-        return None if before is None or after is None else sign * (before - after)
+        if before is None or after is None:
+            return None
+        loss = (before - after) * (1 if (report.get("metric") or {}).get("higher_is_better", True) else -1)
+        return float(loss if verdict["unit"] == "points" else loss / max(abs(before), 1e-12))
     if verdict["unit"] == "bytes":
         value = trial.get(f"{str(verdict['goal']).removeprefix('max_')}_bytes")
         return None if value is None else float(value)
-    latency = p50_of(trial)
+    key = latency_key(report)
+    latency = latency_of(trial, key)
     if verdict["unit"] == "ms" or latency is None:
         return latency
-    start = trial.get("baseline_p50_ms") or p50_of(original)
+    start = trial.get(f"baseline_{key}_ms") or latency_of(original, key)
     return latency / start if start and verdict["unit"] == "times the original" else None
 
 
@@ -106,8 +113,11 @@ def written(report: Mapping[str, Any], verdict: Mapping[str, Any], value: float 
         name = (report.get("metric") or {}).get("name", "accuracy")
         loss = f"{100 * abs(value):.2f} points" if "accuracy" in name else f"{significant(abs(value), 4)} {name}"
         return f"{'loses' if value >= 0 else 'gains'} {loss}"
+    if verdict["unit"] == "share":
+        return f"is {100 * abs(value):.2f}% {'worse' if value >= 0 else 'better'}"
     if verdict["unit"] == "bytes":
-        return f"needs {format_bytes(value)}{' of RAM' if verdict['goal'] == 'max_ram' else ''}"
+        more = {"max_ram": " of RAM", "max_packed": " packed"}.get(verdict["goal"], "")
+        return f"needs {format_bytes(value)}{more}"
     return f"takes {format_ms(value) if verdict['unit'] == 'ms' else significant(value) + ' times the original'}"
 
 
@@ -165,7 +175,7 @@ def _limit(verdict: Mapping[str, Any]) -> str:
 
 def _asked(verdict: Mapping[str, Any], value: float) -> str:
     """Return a limit as the command takes it, rounded up to two digits."""
-    if verdict["unit"] == "points":
+    if verdict["unit"] in _LOSSES:
         return f"{_up(100 * value)}%"
     if verdict["unit"] == "bytes":
         return f"{_up(value / 1000)}KB"
@@ -190,7 +200,7 @@ def _for_goal(report: Mapping[str, Any], verdict: Mapping[str, Any]) -> list[str
     if keeping is not None:
         kept = value_of(report, next(t for t in trials if t.get("id") == keeping["id"]), verdict) or 0.0
         if kept > verdict["limit"]:
-            near = verdict["unit"] != "points" and kept <= NEAR * verdict["limit"]
+            near = verdict["unit"] not in _LOSSES and kept <= NEAR * verdict["limit"]
             little = " (not far: more --epochs or another --seed may do)" if near else ""
             allow = f"allow {option} {_asked(verdict, kept)}, and #{keeping['id']} meets every goal{little}"
     if reaching["within"]:
@@ -210,13 +220,17 @@ def _for_goal(report: Mapping[str, Any], verdict: Mapping[str, Any]) -> list[str
 
 def _what(verdict: Mapping[str, Any]) -> str:
     words = {"max_drop": "The accuracy goal", "max_size": "The size goal", "max_latency": "The latency goal",
-             "max_ram": "The RAM goal"}  # fmt: skip
+             "max_ram": "The RAM goal", "max_relative_drop": "The accuracy goal",
+             "max_packed": "The goal for the packed size"}  # fmt: skip
     return words.get(verdict["goal"], f"The goal {verdict['goal']}")
 
 
 def _more(verdict: Mapping[str, Any]) -> str:
+    longer = "train longer (--epochs, --budget) or with more data"
     ways = {
-        "max_drop": "train longer (--epochs) or with more data",
+        "max_drop": longer,
+        "max_relative_drop": longer,
+        "max_packed": "try clusters or 4-bit weights, which pack well (a plan with cluster, or export: {scheme: int4})",
         "max_size": "pack the file (dwindle pack), try 4-bit weights (a plan with export: {scheme: int4}), or train "
         "narrow students longer (--epochs)",
         "max_latency": "use more threads (--threads 2), a smaller input, or measure on the device itself, whose ratios "

@@ -99,6 +99,7 @@ def render_html(report: Mapping[str, Any], *, live: str | None = None) -> str:
         latency=make_latency_plot(evidence), stages=stage_rows(report), plan=plan_text(report),
         missed=missed_goals(report), suggestions=suggestions(report), style=_asset("page.css"), scripts=scripts,
         policy=_policy(scripts, connects=live is not None), live=live, integers=_has_integers(report),
+        packed=any(trial.get("packed_bytes") for trial in report.get("trials") or []),
     )  # fmt: skip
     return str(page)
 

@@ -37,29 +37,46 @@ class Axis:
     written: Callable[[float | None], str]
 
 
+def latency_key(report: Mapping[str, Any]) -> str:
+    """Return which latency a report's goals are about: ``p50`` or ``p90``."""
+    return "p90" if (report.get("goals") or {}).get("latency") == "p90" else "p50"
+
+
+def latency_of(trial: Mapping[str, Any], key: str) -> float | None:
+    """Return a trial's latency in milliseconds, ``p50`` or ``p90``."""
+    value = (trial.get("latency_ms") or {}).get(key)
+    return None if value is None else float(value)
+
+
 def p50_of(trial: Mapping[str, Any]) -> float | None:
     """Return a trial's median latency in milliseconds."""
-    value = (trial.get("latency_ms") or {}).get("p50")
-    return None if value is None else float(value)
+    return latency_of(trial, "p50")
 
 
 def _size(trial: Mapping[str, Any]) -> float | None:
     return float(trial["size_bytes"]) if trial.get("size_bytes") else None
 
 
-def _latency_limit(goals: Mapping[str, Any], original: Mapping[str, Any]) -> float | None:
-    if goals.get("max_latency_ms"):
-        return float(goals["max_latency_ms"])
-    start = p50_of(original)
-    return float(goals["max_latency_factor"]) * start if goals.get("max_latency_factor") and start else None
+def _size_limit(goals: Mapping[str, Any], _original: Mapping[str, Any]) -> float | None:
+    return float(goals["max_size_bytes"]) if goals.get("max_size_bytes") else None
 
 
-AXES = (
-    Axis(key="size", title="file size", limit_text="too large", value=_size, written=format_bytes,
-         limit=lambda goals, _: float(goals["max_size_bytes"]) if goals.get("max_size_bytes") else None),
-    Axis(key="latency", title="latency of one sample, p50", limit_text="too slow", value=p50_of, written=format_ms,
-         limit=_latency_limit),
-)  # fmt: skip
+def axes_of(report: Mapping[str, Any]) -> tuple[Axis, Axis]:
+    """Return what a report's trials are plotted against: size, and the latency that its goals are about."""
+    key = latency_key(report)
+
+    def limit(goals: Mapping[str, Any], original: Mapping[str, Any]) -> float | None:
+        if goals.get("max_latency_ms"):
+            return float(goals["max_latency_ms"])
+        start = latency_of(original, key)
+        return float(goals["max_latency_factor"]) * start if goals.get("max_latency_factor") and start else None
+
+    return (
+        Axis(key="size", title="file size", limit_text="too large",
+             value=_size, limit=_size_limit, written=format_bytes),
+        Axis(key="latency", title=f"latency of one sample, {key}", limit_text="too slow",
+             value=lambda trial: latency_of(trial, key), limit=limit, written=format_ms),
+    )  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -126,11 +143,11 @@ def pareto(points: Sequence[tuple[float, float]]) -> list[int]:
 
 def make_plots(report: Mapping[str, Any]) -> list[Plot]:
     """Return the plots of a report's trials: against size, and against latency; none with fewer than two files."""
-    return [plot for axis in AXES if (plot := make_plot(report, axis)) is not None]
+    return [plot for axis in axes_of(report) if (plot := make_plot(report, axis)) is not None]
 
 
-def make_plot(report: Mapping[str, Any], axis: Axis = AXES[0]) -> Plot | None:
-    """Return the plot of a report's trials, None if fewer than two have figures."""
+def make_plot(report: Mapping[str, Any], axis: Axis) -> Plot | None:
+    """Return the plot of a report's trials along one of `axes_of`, None if fewer than two have figures."""
     metric = report.get("metric") or {"name": "accuracy", "higher_is_better": True}
     measured = [
         (trial, x, float(trial["accuracy"])) for trial in report.get("trials") or []
@@ -140,9 +157,10 @@ def make_plot(report: Mapping[str, Any], axis: Axis = AXES[0]) -> Plot | None:
         return None
     goals, original = report.get("goals") or {}, measured[0][0]
     sign = 1 if metric["higher_is_better"] else -1
-    limit, floor = axis.limit(goals, original), None
-    if goals.get("max_drop") is not None:
-        floor = float(original["accuracy"]) - goals["max_drop"] * sign
+    limit, start = axis.limit(goals, original), float(original["accuracy"])
+    asked = ((goals.get("max_drop"), 1.0), (goals.get("max_relative_drop"), abs(start)))
+    drops = [drop * scale for drop, scale in asked if drop is not None]
+    floor = start - min(drops) * sign if drops else None
     positions, values = [x for _, x, _ in measured], [value for _, _, value in measured]
     x_of = _log_scale([*positions, *([limit] if limit else [])])
     low, high = _range(values, floor, sign)

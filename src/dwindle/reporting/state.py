@@ -7,7 +7,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from dwindle.errors import DataError
+from dwindle.compressing.store import DATABASE, read_trials
+from dwindle.errors import ConfigError, DataError
 
 VERSION = 1
 
@@ -28,33 +29,32 @@ def read_state(folder: str | Path) -> dict[str, Any]:
     folder = Path(folder)
     if not folder.is_dir():
         raise DataError(f"`{folder}` is no folder; name the out folder of dwindle compress")
-    report, trials = _report(folder / "report.json"), _trials(folder)
+    report, (trials, last) = _report(folder / "report.json"), _trials(folder)
     if report is not None:
         known = {trial.get("id") for trial in report.get("trials") or []}
-        written = (folder / "report.json").stat().st_mtime_ns
-        if not any(made > written and trial["id"] not in known for trial, made in trials):
+        written = max((made for made, _ in _made(folder / "report.json")), default=0)
+        if last <= written or known.issuperset(trial.get("id") for trial in trials):
             return report
     elif not trials and not (folder / "trials").is_dir():
         raise DataError(f"`{folder}` has no report.json and no trials; name the out folder of dwindle compress")
-    return _so_far(report or {}, [trial for trial, _ in trials])
+    return _so_far(report or {}, trials)
 
 
 def stamp(folder: str | Path) -> str:
     """Return text that changes when the state does."""
     folder = Path(folder)
-    watched = [folder / "report.json", *sorted((folder / "trials").glob("*/trial.json"))]
-    return " ".join(
-        f"{path.parent.name}:{found.st_mtime_ns}:{found.st_size}"
-        for path in watched
-        if (found := _stat(path)) is not None
-    )
+    watched = [folder / "report.json", *(folder / f"{DATABASE}{end}" for end in ("", "-wal"))]
+    watched += sorted((folder / "trials").glob("*/trial.json"))
+    return " ".join(f"{path}:{made}:{size}" for path in watched for made, size in _made(path))
 
 
-def _stat(path: Path) -> Any:
+def _made(path: Path) -> list[tuple[int, int]]:
+    """Return when a file was written and how large it is; nothing where there is none at this moment."""
     try:
-        return path.stat()
+        found = path.stat()
     except OSError:
-        return None
+        return []
+    return [(found.st_mtime_ns, found.st_size)]
 
 
 def _report(path: Path) -> dict[str, Any] | None:
@@ -70,20 +70,34 @@ def _report(path: Path) -> dict[str, Any] | None:
     return report
 
 
-def _trials(folder: Path) -> list[tuple[dict[str, Any], int]]:
-    """Return the records of finished trials, and when each was written."""
-    found = []
+def _trials(folder: Path) -> tuple[list[dict[str, Any]], int]:
+    """Return the records of finished trials, and when the last was written.
+
+    They are in a database; earlier versions wrote a ``trial.json`` for each.
+    """
+    if (folder / DATABASE).exists():
+        try:
+            found = read_trials(folder)
+        except ConfigError as error:
+            raise DataError(str(error)) from None
+        last = max((made for end in ("", "-wal") for made, _ in _made(folder / f"{DATABASE}{end}")), default=0)
+        return [_without_plan(trial) for trial in found], last
+    found, last = [], 0
     for path in sorted((folder / "trials").glob("*/trial.json")):
         if path.parent.name.startswith("."):
             continue  # in progress
         try:
-            trial, made = json.loads(path.read_text(encoding="utf8")), path.stat().st_mtime_ns
+            trial = json.loads(path.read_text(encoding="utf8"))
         except (OSError, ValueError):
             continue  # removed or replaced at this moment
         if isinstance(trial, dict):
-            kept = {key: value for key, value in trial.items() if key != "plan"}
-            found.append(({"id": path.parent.name, **kept}, made))
-    return found
+            found.append({"id": path.parent.name, **_without_plan(trial)})
+            last = max(last, *(made for made, _ in _made(path)))
+    return found, last
+
+
+def _without_plan(trial: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in trial.items() if key != "plan"}
 
 
 def _so_far(frame: Mapping[str, Any], trials: list[dict[str, Any]]) -> dict[str, Any]:

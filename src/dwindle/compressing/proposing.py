@@ -1,0 +1,338 @@
+"""What is tried next: cheap plans first, then many candidates trained for a short time, and the promising ones longer.
+
+The proposals depend on the records of finished trials and on the seed alone, so a run that is taken up again proposes
+what it proposed before.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import keras
+import numpy as np
+
+from dwindle.compressing.goals import Goals
+from dwindle.compressing.plans import Plan
+from dwindle.compressing.recipes import Recipe, after_training, same_size
+from dwindle.pruning.residual_blocks import residual_blocks
+
+Record = Mapping[str, Any]
+Batches = Generator[list[Plan], Sequence[Record], None]
+# Widths that are tried, and how many lengths of training there are: short, whole, and three times as long.
+NARROWEST, WIDEST, LENGTHS = 0.04, 0.8, 3
+# Rounds without a better file after which a search is over.
+PATIENCE = 3
+# What the loss of a short training becomes by the next longer one, before anything was learned about it.
+REPAIRED = 0.4
+
+
+@dataclass(kw_only=True)
+class Candidate:
+    """A recipe with the records of its trainings, the shortest first."""
+
+    recipe: Recipe
+    records: list[Record] = field(default_factory=list)
+
+    @property
+    def last(self) -> Record:
+        """The record of the longest training."""
+        return self.records[-1]
+
+    @property
+    def alive(self) -> bool:
+        """Whether all its trials could be done."""
+        return all(record["status"] == "done" for record in self.records)
+
+
+class Proposer:
+    """The search's strategy.
+
+    Short trainings of candidates are compared by what longer ones are expected to make of them; the expectation is
+    learned from those that were trained longer. Candidates come from the widths that the goals on size, latency and
+    RAM leave, which is found out on untrained files, and later from an optimizer.
+
+    Args:
+        model: The original.
+        goals: What to reach.
+        higher_is_better: Whether the metric is.
+        baseline: Record of the original.
+        schemes: Schemes of files that the target runs; None: all.
+        screen: Gives the figures of a recipe's untrained file, None where there is none.
+        epochs: Epochs of a whole training.
+        trials: About how many trials there are at most.
+        seed: Seeds the optimizer.
+
+    References:
+        Jamieson and Talwalkar 2016, Non-stochastic Best Arm Identification and Hyperparameter Optimization, arXiv
+        1502.07943 (successive halving). Bergstra et al. 2011, Algorithms for Hyper-Parameter Optimization (TPE).
+    """
+
+    def __init__(
+        self, *, model: keras.Model, goals: Goals, higher_is_better: bool, baseline: Record,
+        schemes: Sequence[str] | None, screen: Callable[[Recipe], Record | None], epochs: int, trials: int, seed: int,
+    ) -> None:  # fmt: skip
+        self._goals, self._higher, self._baseline = goals, higher_is_better, baseline
+        self._schemes, self._screen, self._trials, self._seed = schemes, screen, trials, seed
+        short = max(1, epochs // 4)
+        self._epochs = (short, max(1, epochs - short), 2 * epochs)
+        self._tuning = max(1, epochs // 4)
+        self._deepens = any(not block.pinned for block in residual_blocks(model))
+        self._candidates: list[Candidate] = []
+        self._others: list[Record] = []
+
+    def batches(self, *, without_training: bool, without_samples: bool) -> Batches:
+        """Yield plans that can be tried at the same time; their records are sent in, in the same order.
+
+        Args:
+            without_training: There is no labelled training data.
+            without_samples: There is no data at all.
+        """
+        self._others += yield self.untrained(without_samples)
+        if without_training:
+            return
+        if self._runs("int8") and self._worth_tuning():
+            self._others += yield [same_size(sum(self._epochs[:2]))]
+        coming = [Candidate(recipe=recipe) for recipe in self._first()]
+        study = _Study(self._seed, deepens=self._deepens, schemes=self._choices(), packs=self._goals.needs_packed)
+        best, idle = self._standing(), 0
+        while coming and len(self._others) + sum(len(c.records) for c in self._candidates) < self._trials:
+            records = yield [self._plan(candidate) for candidate in coming]
+            for candidate, record in zip(coming, records, strict=True):
+                candidate.records.append(record)
+                if len(candidate.records) == 1:
+                    self._candidates.append(candidate)
+                    study.tell(candidate.recipe, self._value(candidate))
+            now = self._standing()
+            idle = 0 if _better(now, best) else idle + 1
+            best = min(best, now)
+            if idle >= PATIENCE:
+                return
+            coming = [*self._promoted(), *self._new(study)]
+
+    def untrained(self, without_samples: bool) -> list[Plan]:
+        """Return the plans without training."""
+        return after_training(without_samples)
+
+    def preview(self) -> list[Plan]:
+        """Return the plans that are tried in any case, for showing; nothing is trained for it."""
+        fixed = [*after_training(False), same_size(sum(self._epochs[:2]))]
+        return [*fixed, *(self._plan(Candidate(recipe=recipe)) for recipe in self._first())]
+
+    def _runs(self, scheme: str) -> bool:
+        return self._schemes is None or scheme in self._schemes
+
+    def _choices(self) -> list[str]:
+        """Return the schemes of candidates: fewer bits where bytes matter."""
+        bytes_matter = self._goals.minimized in ("size", "packed") or self._goals.max_size is not None
+        found = [scheme for scheme in ("int8", "int4") if self._runs(scheme) and (scheme == "int8" or bytes_matter)]
+        return found or [scheme for scheme in self._schemes or () if scheme != "float32"][:1] or ["int8"]
+
+    def _worth_tuning(self) -> bool:
+        """Whether quantization alone cost accuracy, and a file of that size could meet the goals."""
+        first = next((r for r in self._others if r["status"] == "done" and _scheme(r) == "int8"), None)
+        if first is None:
+            return False
+        loss = self._goals.loss(self._baseline, first, self._higher)
+        return loss is not None and loss > 0 and self._rest_met(first)
+
+    def _rest_met(self, record: Record, tolerance: float = 0.0) -> bool:
+        """Whether a record meets the goals but that on the metric, within a share of each limit."""
+        verdicts = self._goals.judge(self._baseline, {**record, "accuracy": None}, self._higher)
+        return all(verdict.value <= verdict.limit * (1 + tolerance) for verdict in verdicts)
+
+    def _first(self) -> list[Recipe]:
+        """Return the first candidates: a ladder of widths below the widest that the goals allow."""
+        scheme = self._choices()[0]
+        top = self._widest(scheme)
+        if top is None:  # nothing is small enough: the ladder shows what there is instead
+            widths = [0.5, 0.25, 0.12, 0.06, NARROWEST]
+        else:
+            widths = [width for factor in (1, 0.7, 0.5, 0.35, 0.25) if (width := _round(top * factor)) >= NARROWEST]
+        found = [Recipe(width=width, scheme=scheme) for width in widths]
+        found += [Recipe(width=width, start="random", scheme=scheme) for width in widths[1:4:2]]
+        if self._deepens:
+            found += [Recipe(width=width, depth=0.67, scheme=scheme) for width in widths[:2]]
+        if "int4" in self._choices():
+            found += [Recipe(width=_round(width * 1.3), scheme="int4") for width in widths[1:4:2]]
+        if self._goals.needs_packed:
+            found += [Recipe(width=width, sparsity=0.7, clusters=16, scheme=scheme) for width in widths[:2]]
+        return [recipe for recipe in dict.fromkeys(found) if self._possible(recipe, at_least=top is not None)]
+
+    def _widest(self, scheme: str) -> float | None:
+        """Return the largest width whose untrained file meets the goals on size, latency and RAM; None: no width."""
+        steps = [_round(WIDEST * (NARROWEST / WIDEST) ** (number / 15)) for number in range(16)]
+        if self._fits(Recipe(width=steps[0], scheme=scheme)):
+            return steps[0]
+        low, high = 0, len(steps)  # steps[low] does not fit, steps[high] does; the last may not either
+        while high - low > 1:
+            middle = (low + high) // 2
+            low, high = (low, middle) if self._fits(Recipe(width=steps[middle], scheme=scheme)) else (middle, high)
+        return steps[high] if high < len(steps) else None
+
+    def _fits(self, recipe: Recipe) -> bool:
+        figures = self._screen(recipe)
+        return figures is not None and self._rest_met(figures, 0.05)
+
+    def _possible(self, recipe: Recipe, at_least: bool) -> bool:
+        """Whether there is such a file, and it meets the goals on size, latency and RAM where any does."""
+        figures = self._screen(replace(recipe, sparsity=0.0, clusters=0))
+        return figures is not None and (not at_least or self._rest_met(figures, 0.05))
+
+    def _plan(self, candidate: Candidate) -> Plan:
+        """Return the plan of a candidate's next training."""
+        length = len(candidate.records)
+        tuning = self._tuning if length else int(candidate.recipe.scheme != "int8")
+        return candidate.recipe.plan(self._epochs[: length + 1], tuning)
+
+    def _repaired(self) -> float:
+        """Return what share of the loss of a training is left after the next longer one, as far as is known."""
+        pairs = [
+            (max(0.0, self._loss(short)), max(0.0, self._loss(longer)))
+            for candidate in self._candidates if candidate.alive
+            for short, longer in zip(candidate.records, candidate.records[1:], strict=False)
+        ]  # fmt: skip
+        losses = [self._loss(c.last) for c in self._candidates if c.alive]
+        prior = max(1e-9, float(np.mean(np.abs(losses)))) if losses else 1.0
+        before, after = sum(pair[0] for pair in pairs), sum(pair[1] for pair in pairs)
+        return min(1.2, (REPAIRED * prior + after) / (prior + before))
+
+    def _loss(self, record: Record) -> float:
+        return self._goals.loss(self._baseline, record, self._higher) or 0.0
+
+    def _key(self, record: Record, loss: float | None = None) -> tuple[float, float]:
+        """Return how good a record is, smaller is better: what it misses the goals by, then what it costs."""
+        if loss is not None and record.get("accuracy") is not None:
+            start = self._baseline["accuracy"]
+            record = {**record, "accuracy": start - loss if self._higher else start + loss}
+        excess = sum(verdict.excess for verdict in self._goals.judge(self._baseline, record, self._higher))
+        return excess, self._goals.cost(self._baseline, record, self._higher)
+
+    def _expected(self, candidate: Candidate) -> tuple[float, float]:
+        """Return `_key` as it is expected after the next longer training."""
+        loss = self._loss(candidate.last)
+        return self._key(candidate.last, loss * self._repaired() if loss > 0 else loss)
+
+    def _standing(self) -> tuple[float, float]:
+        """Return `_key` of the best record so far."""
+        records = [*self._others, *(record for candidate in self._candidates for record in candidate.records)]
+        keys = [self._key(record) for record in (self._baseline, *records) if record["status"] == "done"]
+        return min(keys)
+
+    def _promoted(self) -> list[Candidate]:
+        """Return the candidates that are trained longer: the best by expectation, and a safer one."""
+        best = self._standing()
+        able = [c for c in self._candidates if c.alive and len(c.records) < LENGTHS]
+        hopeful = [c for c in able if _better(self._expected(c), best)]
+        if not hopeful:
+            return []
+        first = min(hopeful, key=self._expected)
+        rest = [c for c in hopeful if c is not first]
+        return [first, *sorted(rest, key=lambda c: (self._loss(c.last), self._expected(c)))[:1]]
+
+    def _new(self, study: _Study) -> list[Candidate]:
+        """Return new candidates: a neighbour of the best one, and what the optimizer asks for."""
+        tried = {candidate.recipe for candidate in self._candidates}
+        best, found = self._standing(), []
+
+        def take(recipe: Recipe) -> bool:
+            figures = None if recipe in tried else self._screen(replace(recipe, sparsity=0.0, clusters=0))
+            if figures is None or not (self._rest_met(figures, 0.05) or best[0] > 0):
+                return False
+            hopeful = {**figures, "accuracy": self._baseline.get("accuracy")}
+            if not _better(self._key(hopeful), best) and self._goals.minimized != "packed":
+                return False
+            tried.add(recipe)
+            found.append(Candidate(recipe=recipe))
+            return True
+
+        alive = [c for c in self._candidates if c.alive]
+        if alive:
+            nearest = min(alive, key=lambda c: self._key(c.last))
+            factor = 0.85 if self._key(nearest.last)[0] == 0 else 1.18
+            take(replace(nearest.recipe, width=_round(min(WIDEST, max(NARROWEST, nearest.recipe.width * factor)))))
+        for _ in range(12):
+            if len(found) >= 2:
+                break
+            asked = study.ask()
+            if not take(asked):
+                study.tell(asked, None)
+        return found
+
+    def _value(self, candidate: Candidate) -> float | None:
+        """Return what the optimizer minimizes: the goals' misses by expectation, then the cost, relative."""
+        if not candidate.alive:
+            return None
+        excess, cost = self._expected(candidate)
+        if self._goals.minimized == "drop":
+            return 10 * excess + 10 * cost
+        before = max(1e-9, self._goals.cost(self._baseline, self._baseline, self._higher))
+        return 10 * excess + float(np.log(max(cost, 1e-9) / before))
+
+
+class _Study:
+    """The optimizer: `optuna`, asked for recipes one at a time."""
+
+    def __init__(self, seed: int, *, deepens: bool, schemes: Sequence[str], packs: bool) -> None:
+        import warnings
+
+        import optuna
+
+        optuna.logging.set_verbosity(optuna.logging.ERROR)
+        with warnings.catch_warnings():  # it warns that grouping is an experiment of theirs
+            warnings.simplefilter("ignore")
+            sampler = optuna.samplers.TPESampler(seed=seed, multivariate=True, n_startup_trials=6)
+        self._study = optuna.create_study(sampler=sampler)
+        lengths = optuna.distributions
+        self._space: dict[str, Any] = {
+            "width": lengths.FloatDistribution(NARROWEST, WIDEST, log=True),
+            "start": lengths.CategoricalDistribution(("teacher", "random")),
+            "energy": lengths.CategoricalDistribution((1.0, 0.9)),
+        }
+        if deepens:
+            self._space["depth"] = lengths.CategoricalDistribution((1.0, 0.67, 0.34))
+        if len(schemes) > 1:
+            self._space["scheme"] = lengths.CategoricalDistribution(tuple(schemes))
+        if packs:
+            self._space["sparsity"] = lengths.CategoricalDistribution((0.0, 0.5, 0.8))
+            self._space["clusters"] = lengths.CategoricalDistribution((0, 16))
+        self._fixed: dict[str, Any] = {} if len(schemes) > 1 else {"scheme": schemes[0]}
+        self._asked: dict[Recipe, Any] = {}
+
+    def ask(self) -> Recipe:
+        """Return a recipe."""
+        trial = self._study.ask(self._space)
+        params = {**trial.params, **self._fixed, "width": _round(trial.params["width"])}
+        if params["start"] == "random":  # what was not trained yet has no low rank
+            params["energy"] = 1.0
+        recipe = Recipe(**params)
+        self._asked[recipe] = trial
+        return recipe
+
+    def tell(self, recipe: Recipe, value: float | None) -> None:
+        """Say what a recipe was worth; None: it can't be tried, or is not worth it."""
+        import optuna
+
+        trial = self._asked.pop(recipe, None)
+        if trial is not None:
+            state = optuna.trial.TrialState.FAIL if value is None else None
+            self._study.tell(trial, value, state=state)
+        elif value is not None:
+            params = {name: getattr(recipe, name) for name in self._space}
+            self._study.add_trial(optuna.trial.create_trial(params=params, distributions=self._space, value=value))
+
+
+def _round(width: float) -> float:
+    return round(width, 3)
+
+
+def _scheme(record: Record) -> str:
+    return str(record["plan"]["steps"][-1]["export"]["scheme"])
+
+
+def _better(one: tuple[float, float], other: tuple[float, float]) -> bool:
+    """Whether a key is better than another by more than a hair: at least 1% of what counts."""
+    if one[0] < other[0]:
+        return one[0] == 0 or one[0] < 0.99 * other[0]
+    return one[0] == other[0] and one[1] < other[1] - 0.01 * abs(other[1])

@@ -1,0 +1,110 @@
+"""What a candidate is made of, and the plan that makes it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from dwindle.compressing.plans import Plan
+
+# Learning rates: new weights learn fast, those of the original are only repaired.
+RATES = {"random": 2e-3, "teacher": 1e-3}
+TUNING_RATE = 2e-4
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """The choices behind a candidate; `plan` turns them into steps.
+
+    Attributes:
+        width: Factor of the layers' widths, in (0, 1].
+        depth: Share of the residual blocks that stays, in (0, 1].
+        start: ``"teacher"``: the channels that matter most, with their weights; ``"random"``: new weights.
+        energy: Share of the spectrum that low rank keeps; 1: no low rank.
+        sparsity: Fraction of single weights set to 0; it makes packed files smaller.
+        clusters: Values per tensor; 0: any. It makes packed files smaller.
+        scheme: Scheme of the file.
+    """
+
+    width: float = 1.0
+    depth: float = 1.0
+    start: str = "teacher"
+    energy: float = 1.0
+    sparsity: float = 0.0
+    clusters: int = 0
+    scheme: str = "int8"
+
+    @property
+    def name(self) -> str:
+        """What it is, in words."""
+        parts = []
+        if self.width < 1 or self.depth < 1:
+            parts.append(f"{self.width:g} as wide" + (f", {self.depth:g} as deep" if self.depth < 1 else ""))
+            parts.append("its own channels" if self.start == "teacher" else "new weights")
+        if self.energy < 1:
+            parts.append(f"low rank {self.energy:g}")
+        if self.sparsity > 0:
+            parts.append(f"{self.sparsity:.0%} pruned")
+        if self.clusters:
+            parts.append(f"{self.clusters} values")
+        return ", ".join([*parts, self.scheme])
+
+    def plan(self, epochs: tuple[int, ...], tuning: int) -> Plan:
+        """Return the plan.
+
+        Args:
+            epochs: Epochs of distilled training, in parts: a plan with more parts goes on where that with fewer ended.
+            tuning: Epochs of quantized training at the end; 0: quantized after training.
+        """
+        steps: list[tuple[str, dict[str, Any]]] = []
+        if self.width < 1 or self.depth < 1:
+            steps.append(("shrink", {"width": self.width, "depth": self.depth, "start": self.start}))
+        if self.energy < 1:
+            steps.append(("factorize", {"energy": self.energy}))
+        if self.sparsity > 0:
+            steps.append(("prune", {"sparsity": self.sparsity}))
+        rate = RATES[self.start if self.width < 1 or self.depth < 1 else "teacher"]
+        if steps:
+            # A later part is a finer one: it begins at a smaller rate.
+            steps += [
+                ("train", {"epochs": count, "learning_rate": rate / 2 ** min(part, 1)})
+                for part, count in enumerate(epochs)
+            ]
+        if self.clusters:
+            steps.append(("cluster", {"clusters": self.clusters}))
+        if tuning or self.clusters:
+            steps.append(("quantize", {"scheme": self.scheme}))
+            steps.append(("train", {"epochs": max(1, tuning), "learning_rate": TUNING_RATE}))
+        steps.append(("export", {"scheme": self.scheme}))
+        told = f" ({'+'.join(map(str, epochs))} epochs)" if epochs and self.trains else ""
+        return Plan(name=f"{self.name}{told}", steps=tuple(steps))
+
+    @property
+    def trains(self) -> bool:
+        """Whether something changes before quantization, so that training has to repair it."""
+        return self.width < 1 or self.depth < 1 or self.energy < 1 or self.sparsity > 0
+
+
+def after_training(needs_no_data: bool) -> list[Plan]:
+    """Return the plans without training: seconds each.
+
+    Args:
+        needs_no_data: Leave out what needs calibration samples.
+    """
+    plans = [] if needs_no_data else [Plan(name="int8 after training", steps=(("export", {"scheme": "int8"}),))]
+    return [
+        *plans,
+        Plan(name="int8 weights, dynamic", steps=(("export", {"scheme": "int8-dynamic"}),)),
+        Plan(name="float16", steps=(("export", {"scheme": "float16"}),)),
+    ]
+
+
+def same_size(epochs: int) -> Plan:
+    """Return the plan of int8 in training at the model's own size."""
+    return Plan(
+        name="int8 in training, distilled",
+        steps=(
+            ("quantize", {}), ("train", {"epochs": max(1, epochs // 4), "learning_rate": TUNING_RATE}),
+            ("export", {"scheme": "int8"}),
+        ),
+    )  # fmt: skip
