@@ -489,6 +489,20 @@ def test_a_limit_to_allow_is_one_that_the_file_keeps(missed):
     )
 
 
+def test_a_limit_to_allow_keeps_the_accuracy_at_least(missed):
+    missed["verdicts"][2]["limit"] = 0.1  # nothing is that fast, so no file keeps all the other goals
+    missed["verdicts"][2]["met"] = False
+    size, latency = (line for line in suggestions(missed) if line.startswith(("The size", "The latency")))
+    assert "(#002): allow --max-size 500KB, as #001 needs for the accuracy that was asked for; or" in size
+    assert "allow --max-latency 0.5x, as #001 needs for the accuracy that was asked for; or" in latency
+
+
+def test_what_grew_is_shown_as_worse(report):
+    assert "change lost" not in render_html(report)
+    report["result"]["latency_ms"] = {"p50": 0.5, "p90": 0.6}
+    assert '<div class="change lost">1.25x slower</div>' in render_html(report)
+
+
 def test_what_was_met_on_validation_data_only_is_said(missed):
     missed["trials"][2]["meets"] = True
     assert any("misses them on the data that judges" in line for line in suggestions(missed))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from dwindle.reporting.numbers import format_bytes, format_metric, format_ms, significant
@@ -203,6 +203,7 @@ def _for_goal(report: Mapping[str, Any], verdict: Mapping[str, Any]) -> list[str
             near = verdict["unit"] not in _LOSSES and kept <= NEAR * verdict["limit"]
             little = " (not far: more --epochs or another --seed may do)" if near else ""
             allow = f"allow {option} {_asked(verdict, kept)}, and #{keeping['id']} meets every goal{little}"
+    allow = allow or _for_accuracy(report, verdict, trials, option)
     if reaching["within"]:
         gave = "; ".join(reaching["gave_way"]) or "meets every goal on validation data"
         said = f"{_what(verdict)} is kept by #{reaching['id']}, which {gave}"
@@ -216,6 +217,21 @@ def _for_goal(report: Mapping[str, Any], verdict: Mapping[str, Any]) -> list[str
         )
         allow = allow or f"allow {option} {_asked(verdict, value_of(report, nearest, verdict) or 0.0)}"
     return [f"{said}: {f'{allow}; or ' if allow else ''}{_more(verdict)}."]
+
+
+def _for_accuracy(
+    report: Mapping[str, Any], verdict: Mapping[str, Any], trials: Sequence[Trial], option: str
+) -> str | None:
+    """Return what to allow for a file that keeps at least the goals for the metric; None where there is none."""
+    losses = [other for other in report.get("verdicts") or [] if other["unit"] in _LOSSES and other is not verdict]
+    accurate = [trial for trial in trials if all(_within(report, trial, other) for other in losses)]
+    if not losses or not accurate:
+        return None
+    best = min(accurate, key=lambda trial: value_of(report, trial, verdict) or 0.0)
+    value = value_of(report, best, verdict) or 0.0
+    if value <= verdict["limit"]:
+        return None
+    return f"allow {option} {_asked(verdict, value)}, as #{best.get('id')} needs for the accuracy that was asked for"
 
 
 def _what(verdict: Mapping[str, Any]) -> str:

@@ -156,22 +156,26 @@ def _cards(report: Mapping[str, Any]) -> list[dict[str, Any]]:
     arena = {"tflm-arena": "RAM (TFLM arena)", "litert-resident": "RAM (LiteRT process)"}
     p90 = f"p90 {format_ms((after.get('latency_ms') or {}).get('p90'))}"
     alike = before.get("ram_source") == after.get("ram_source")
-    return [
+    cards: list[dict[str, Any]] = [
         {"name": "File size", "before": format_bytes(before.get("size_bytes")),
          "after": format_bytes(after.get("size_bytes")), "more": f"{after.get('size_bytes', 0):,} bytes",
          "change": times(before.get("size_bytes"), after.get("size_bytes"), "smaller", "larger"),
-         "bar": _share(before.get("size_bytes"), after.get("size_bytes"))},
+         "pair": (before.get("size_bytes"), after.get("size_bytes"))},
         {"name": "Latency, p50", "before": format_ms(p50_of(before)), "after": format_ms(p50_of(after)), "more": p90,
-         "change": times(p50_of(before), p50_of(after), "faster", "slower"),
-         "bar": _share(p50_of(before), p50_of(after))},
+         "change": times(p50_of(before), p50_of(after), "faster", "slower"), "pair": (p50_of(before), p50_of(after))},
         {"name": name[0].upper() + name[1:], "before": format_metric(before.get("accuracy"), name),
-         "after": format_metric(after.get("accuracy"), name), "change": change, "bar": None,
+         "after": format_metric(after.get("accuracy"), name), "change": change, "pair": (None, None),
          "more": f"on {(report.get('metric') or {}).get('judged_on', 'test')} data"},
         {"name": arena.get(str(after.get("ram_source")), "RAM"), "before": format_bytes(before.get("ram_bytes")),
          "after": format_bytes(after.get("ram_bytes")), "more": "measured while it ran",
          "change": times(before.get("ram_bytes"), after.get("ram_bytes"), "less", "more") if alike else "–",
-         "bar": _share(before.get("ram_bytes"), after.get("ram_bytes")) if alike else None},
+         "pair": (before.get("ram_bytes"), after.get("ram_bytes")) if alike else (None, None)},
     ]  # fmt: skip
+    return [{**card, "bar": _share(*card["pair"]), "worse": _grew(*card["pair"])} for card in cards]
+
+
+def _grew(before: float | None, after: float | None) -> bool:
+    return bool(before and after and after > 1.005 * before)
 
 
 def _share(before: float | None, after: float | None) -> float | None:
