@@ -112,7 +112,7 @@ def one(model: keras.Model, data: Any, took: float, folder: Path, options: argpa
     report = result.report
     before, after = report["baseline"], report["result"]
     early = first[0] if first else float("nan")
-    print(f"met: {result.met}, after {time.perf_counter() - begun:.0f} s; a file met the goals on validation data after "
+    print(f"met: {result.met}, after {time.perf_counter() - begun:.0f} s; the first file that met the goals after "
           f"{early:.0f} s, {early / took:.2f} of the original's training")  # fmt: skip
     print(f"judged on {report['metric']['judged_on']} data: {before['accuracy']:.4f} -> {after['accuracy']:.4f}, "
           f"{before['size_bytes']:,} -> {after['size_bytes']:,} bytes "

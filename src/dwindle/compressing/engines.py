@@ -42,6 +42,13 @@ class Task:
     working: Path
 
 
+def begins(task: Task) -> Event:
+    """Return the event that a trial begins."""
+    name = task.plan.name
+    text = f"[{task.number}] {name}: begins"
+    return Event(kind="begin", text=text, trial=task.number, facts={"name": name})
+
+
 class Engine(Protocol):
     """Something that carries trials out, all of a batch, and gives their records as they end."""
 
@@ -55,16 +62,23 @@ class Engine(Protocol):
 
 
 class Inline:
-    """Trials one after the other, in this process."""
+    """Trials one after the other, in this process.
 
-    def __init__(self, case: Any) -> None:
+    Args:
+        case: What trials have in common.
+        tell: Called when one begins.
+    """
+
+    def __init__(self, case: Any, tell: Tell) -> None:
         self._case = case
+        self._tell = tell
 
     def run(self, tasks: Sequence[Task]) -> Iterator[tuple[Task, dict[str, Any]]]:
         """See `Engine`."""
         from dwindle.compressing.trying import try_plan
 
         for task in tasks:
+            self._tell(begins(task))
             yield task, try_plan(self._case, task.plan, task.number, task.working)
 
     def close(self) -> None:
@@ -137,6 +151,7 @@ class Ray:
         case: As in `Processes`.
         shared: As in `Processes`.
         workers: How many trials at a time.
+        tell: Called when one begins.
         interruption: Asked while they work.
 
     Raises:
@@ -144,7 +159,7 @@ class Ray:
         ConfigError: If the model or its loss can't be read back in another process.
     """
 
-    def __init__(self, case: Any, shared: Path, workers: int, interruption: Interruption) -> None:
+    def __init__(self, case: Any, shared: Path, workers: int, tell: Tell, interruption: Interruption) -> None:
         try:
             import ray
         except ImportError:
@@ -159,6 +174,7 @@ class Ray:
         if self._own:
             local = {} if os.environ.get("RAY_ADDRESS") else {"num_cpus": workers}
             ray.init(log_to_driver=False, logging_level="error", include_dashboard=False, **local)
+        self._tell = tell
         self._interruption = interruption
         archive = shutil.make_archive(str(shared.with_name(f".{shared.name}")), "tar", shared)
         content = Path(archive).read_bytes()
@@ -179,6 +195,7 @@ class Ray:
             self._interruption.check()
             while waiting and idle:
                 task, actor = waiting.pop(0), idle.pop()
+                self._tell(begins(task))
                 coming[actor.work.remote(task.number, task.plan.to_dict())] = (task, actor)
             done, _ = self._ray.wait(list(coming), timeout=0.2)
             for reference in done:
@@ -333,4 +350,5 @@ def _work(task: Task) -> dict[str, Any]:
     from dwindle.compressing.trying import try_plan
 
     _worker["trial"] = task.number
+    _worker["case"].bench.tell(begins(task))
     return try_plan(_worker["case"], task.plan, task.number, task.working)

@@ -23,9 +23,11 @@ Batches = Generator[list[Plan], Sequence[Record], None]
 # Widths that are tried, and how many lengths of training there are: short, whole, and three times as long.
 NARROWEST, WIDEST, LENGTHS = 0.04, 0.8, 3
 # Rounds without a better file after which a search is over.
-PATIENCE = 3
+PATIENCE = 4
 # What the loss of a short training becomes by the next longer one, before anything was learned about it.
 REPAIRED = 0.4
+# A longer training may do better than expected: it is tried if this share of the expected loss would do.
+OPTIMISM = 0.8
 
 
 @dataclass(kw_only=True)
@@ -209,10 +211,10 @@ class Proposer:
         excess = sum(verdict.excess for verdict in self._goals.judge(self._baseline, record, self._higher))
         return excess, self._goals.cost(self._baseline, record, self._higher)
 
-    def _expected(self, candidate: Candidate) -> tuple[float, float]:
-        """Return `_key` as it is expected after the next longer training."""
+    def _expected(self, candidate: Candidate, share: float = 1.0) -> tuple[float, float]:
+        """Return `_key` as it is expected after the next longer training, with a share of the loss expected."""
         loss = self._loss(candidate.last)
-        return self._key(candidate.last, loss * self._repaired() if loss > 0 else loss)
+        return self._key(candidate.last, loss * share * self._repaired() if loss > 0 else loss)
 
     def _standing(self) -> tuple[float, float]:
         """Return `_key` of the best record so far."""
@@ -224,7 +226,7 @@ class Proposer:
         """Return the candidates that are trained longer: the best by expectation, and a safer one."""
         best = self._standing()
         able = [c for c in self._candidates if c.alive and len(c.records) < LENGTHS]
-        hopeful = [c for c in able if _better(self._expected(c), best)]
+        hopeful = [c for c in able if _better(self._expected(c, OPTIMISM), best)]
         if not hopeful:
             return []
         first = min(hopeful, key=self._expected)

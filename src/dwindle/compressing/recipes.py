@@ -76,7 +76,8 @@ class Recipe:
             steps.append(("quantize", {"scheme": self.scheme}))
             steps.append(("train", {"epochs": max(1, tuning), "learning_rate": TUNING_RATE}))
         steps.append(("export", {"scheme": self.scheme}))
-        told = f" ({'+'.join(map(str, epochs))} epochs)" if epochs and self.trains else ""
+        unit = "epoch" if epochs == (1,) else "epochs"
+        told = f" ({'+'.join(map(str, epochs))} {unit})" if epochs and self.trains else ""
         return Plan(name=f"{self.name}{told}", steps=tuple(steps))
 
     @property

@@ -258,6 +258,9 @@ def _within(search: Search) -> Tell:
     """Return what says a step's progress with the trial that it belongs to."""
 
     def tell(event: Event) -> None:
+        if event.kind == "begin":
+            search.tell(event)
+            return
         number = search.current if event.trial is None else event.trial
         search.tell(replace(event, trial=number, text=f"[{number}]: {event.text}"))
 
@@ -274,7 +277,7 @@ def _engine(search: Search, workers: int, engine: str) -> Engine | None:
     shutil.rmtree(store.shared, ignore_errors=True)
     store.shared.mkdir()
     if engine == "ray":
-        return Ray(case, store.shared, workers, case.bench.interruption)
+        return Ray(case, store.shared, workers, search.tell, case.bench.interruption)
     return Processes(case, store.shared, workers, store.stages, case.bench.tell, case.bench.interruption)
 
 

@@ -22,6 +22,9 @@ from dwindle.compressing.trying import Case, blank, outcome
 from dwindle.errors import ConversionError
 from dwindle.measuring import compare_latency, higher_is_better
 
+# Files whose turns of timing are taken in one go.
+TIMED_TOGETHER = 8
+_TOLD = ("name", "status", "accuracy", "size_bytes", "packed_bytes", "latency_ms", "meets", "seconds", "reason")
 ORIGINAL = Plan(name="original, float32", steps=(("export", {"scheme": "float32"}),))
 
 
@@ -58,7 +61,7 @@ class Search:
     def run(self) -> None:
         """Try plans until the goals are met and nothing better is in sight, or time is over."""
         self.measure_original()
-        engine = self.engine or Inline(self.case)
+        engine = self.engine or Inline(self.case, self.tell)
         if self.plan is not None:
             self._batch([self.plan], engine)
             return
@@ -83,7 +86,7 @@ class Search:
         Raises:
             ConversionError: If it can't be done.
         """
-        (original,) = self._batch([ORIGINAL], Inline(self.case))
+        (original,) = self._batch([ORIGINAL], Inline(self.case, self.tell))
         if original["status"] != "done":
             raise ConversionError(f"the original can't be exported and measured: {original['reason']}")
 
@@ -167,11 +170,13 @@ class Search:
                     self.store.finish(task.number, task.working, record)
                     records[task.number] = record
                     if alone:
+                        self._time([record])
                         self._settle(record, again=False)
-            for number, _ in group:
-                if number == len(self.trials):
-                    with self.case.bench.interruption.deferred():
-                        self._settle(records[number], again=number in again)
+            rest = [number for number, _ in group if number >= len(self.trials)]
+            with self.case.bench.interruption.deferred():
+                self._time([records[number] for number in rest])
+                for number in rest:
+                    self._settle(records[number], again=number in again)
         self.store.forget_twins(self._kept())
         return [records[number] for number in range(first, first + len(plans))]
 
@@ -187,25 +192,31 @@ class Search:
             records[number] = blank(number, plan, status="skipped", reason=reason)
             return None
         self.current = number
-        self.tell(Event(kind="begin", text=f"[{number}] {plan.name}: begins", trial=number, facts={"name": plan.name}))
         return Task(number=number, plan=plan, working=self.store.begin(number))
 
+    def _time(self, records: Sequence[dict[str, Any]]) -> None:
+        """Time files side by side with the original's, once nothing else runs."""
+        fresh = [record for record in records if record["status"] == "done" and "baseline_p50_ms" not in record]
+        if not self.trials:  # the original itself
+            return
+        for start in range(0, len(fresh), TIMED_TOGETHER):
+            group = fresh[start : start + TIMED_TOGETHER]
+            files = [self.store.folder / trial["file"] for trial in (self.trials[0], *group)]
+            before, *timed = compare_latency(files, threads=self.case.threads)
+            for record, after in zip(group, timed, strict=True):
+                record["latency_ms"] = {"p50": after.p50_ms, "p90": after.p90_ms}
+                record["baseline_p50_ms"], record["baseline_p90_ms"] = before.p50_ms, before.p90_ms
+
     def _settle(self, record: dict[str, Any], *, again: bool) -> None:
-        """Time a trial's file beside the original's, judge it, and say how it ended, now or in an earlier run."""
+        """Judge a trial, write its record, and say how it ended, now or in an earlier run."""
         number = len(self.trials)
         known = [trial for trial in self.trials if trial["status"] == "done"]
         self.trials.append(record)
         if record["status"] == "done":
-            if number > 0 and "baseline_p50_ms" not in record:
-                files = [self.store.folder / self.trials[0]["file"], self.store.folder / record["file"]]
-                before, after = compare_latency(files, threads=self.case.threads)
-                record["latency_ms"] = {"p50": after.p50_ms, "p90": after.p90_ms}
-                record["baseline_p50_ms"], record["baseline_p90_ms"] = before.p50_ms, before.p90_ms
             record["meets"] = self.meets(record)  # the goals may be others than in an earlier run
         if record["status"] != "skipped":
             self.store.write(number, record)
-        figures = {key: record.get(key) for key in ("name", "status", "accuracy", "size_bytes", "latency_ms", "meets",
-                                                    "seconds", "reason")}  # fmt: skip
+        figures = {key: record.get(key) for key in _TOLD}
         text = f"[{number}] {record['name']}: {'done before, ' if again else ''}{outcome(record)}"
         self.tell(Event(kind="end", text=text, trial=number, facts=figures))
         if number > 0 and record["status"] == "done" and self._rank(record) < min(map(self._rank, known)):

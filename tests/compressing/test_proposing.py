@@ -1,0 +1,147 @@
+"""The strategy against landscapes whose best point is known: no training, records are computed from a formula."""
+
+from __future__ import annotations
+
+import math
+
+import keras
+import pytest
+
+import dwindle as dw
+from dwindle.compressing.proposing import NARROWEST, WIDEST, Proposer
+from dwindle.compressing.recipes import Recipe
+from dwindle.compressing.trying import blank
+
+EPOCHS = 20
+BASELINE = {
+    "status": "done",
+    "accuracy": 0.99,
+    "size_bytes": 1_700_000,
+    "latency_ms": {"p50": 4.0, "p90": 4.1},
+    "ram_bytes": 60_000,
+}
+
+
+def figures(width, scheme="int8", depth=1.0):
+    """A file gets smaller with the square of its width; four bits are half the bytes and twice the time."""
+    few = scheme == "int4"
+    return {
+        "size_bytes": round(2000 + 430_000 * width**2 * depth * (0.55 if few else 1)),
+        "latency_ms": {"p50": 0.2 + 1.8 * width * (2 if few else 1), "p90": 0.3 + 1.8 * width * (2 if few else 1)},
+        "baseline_p50_ms": 4.0, "baseline_p90_ms": 4.1, "ram_bytes": round(20_000 * width), "packed_bytes": 0,
+    }  # fmt: skip
+
+
+def loss(width, epochs, start, scheme):
+    """Narrow nets lose more; training repairs it; new weights and few bits cost some."""
+    asymptote = 0.0002 * (0.3 / width) ** 2 * (1.5 if scheme == "int4" else 1.0)
+    return asymptote * (1 + (8 if start == "teacher" else 12) * math.exp(-epochs / 5))
+
+
+def found_by(goals, schemes=("int8",), trials=60, seed=0, higher=True, landscape=loss):
+    """Run the strategy to its end; return the records of all trials."""
+    baseline = {**BASELINE, "plan": {"steps": [{"export": {"scheme": "float32"}}]}}
+    proposer = Proposer(
+        model=keras.Sequential([keras.Input((4,)), keras.layers.Dense(2)]), goals=goals, higher_is_better=higher,
+        baseline=baseline, schemes=schemes, epochs=EPOCHS, trials=trials, seed=seed,
+        screen=lambda recipe: figures(recipe.width, recipe.scheme),
+    )  # fmt: skip
+    generator, records = proposer.batches(without_training=False, without_samples=False), []
+    plans = next(generator)
+    while True:
+        batch = []
+        for plan in plans:
+            options = dict(plan.steps)
+            shrink, scheme = options.get("shrink", {"width": 1.0, "start": "teacher"}), plan.steps[-1][1]["scheme"]
+            epochs = sum(o["epochs"] for step, o in plan.steps if step == "train" and o["learning_rate"] > 2e-4)
+            record = blank(len(records), plan, status="done", reason=None) | figures(shrink["width"], scheme)
+            lost = landscape(shrink["width"], epochs, shrink["start"], scheme) if shrink["width"] < 1 else 0.0005
+            record["accuracy"] = BASELINE["accuracy"] - lost if higher else BASELINE["accuracy"] + lost
+            records.append(record)
+            batch.append(record)
+        try:
+            plans = generator.send(batch)
+        except StopIteration:
+            return records
+
+
+def cheapest(goals, records, higher=True):
+    meeting = [r for r in records if all(v.met for v in goals.judge(BASELINE, r, higher))]
+    return min(goals.cost(BASELINE, r, higher) for r in meeting) if meeting else None
+
+
+def best_possible(goals, schemes=("int8",)):
+    costs = []
+    for scheme in schemes:
+        for step in range(400):
+            width = NARROWEST * (WIDEST / NARROWEST) ** (step / 399)
+            record = figures(width, scheme) | {"accuracy": 0.99 - loss(width, 3 * EPOCHS, "teacher", scheme)}
+            if all(v.met for v in goals.judge(BASELINE, record, True)):
+                costs.append(goals.cost(BASELINE, record, True))
+    return min(costs)
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+@pytest.mark.parametrize(("goals", "schemes"), [
+    (dw.Goals(max_drop=0.001), ("int8",)),
+    (dw.Goals(max_drop=0.01), ("int8", "int4")),
+    (dw.Goals(max_drop=0.001, max_size="20KB", max_latency="0.35x"), ("int8",)),
+    (dw.Goals(max_drop=0.002, minimize="latency"), ("int8", "int4")),
+    (dw.Goals(max_drop=0.002, max_latency="0.15x", latency="p90"), ("int8", "int4")),
+])  # fmt: skip
+def test_what_is_found_is_near_the_best_there_is(goals, schemes, seed):
+    records = found_by(goals, schemes, seed=seed)
+    assert len(records) <= 60
+    assert cheapest(goals, records) <= 1.3 * best_possible(goals, schemes)
+
+
+def test_without_a_limit_on_the_loss_the_most_accurate_file_is_looked_for():
+    goals = dw.Goals(max_size="20KB")
+    records = found_by(goals)
+    assert cheapest(goals, records) <= 1.2 * best_possible(goals)
+    assert max(r["size_bytes"] for r in records if r["size_bytes"] <= 20_000) > 15_000
+
+
+def test_goals_that_nothing_meets_leave_a_front_and_come_to_an_end():
+    goals = dw.Goals(max_drop=0.0, max_size="2KB")
+    records = found_by(goals)
+    assert cheapest(goals, records) is None
+    students = sorted(r["size_bytes"] for r in records if "shrink" in str(r["plan"]))
+    assert students[0] < 4_000
+    assert students[-1] > 50_000
+    assert len(students) >= 5
+
+
+def test_a_metric_that_is_better_when_lower():
+    goals = dw.Goals(max_relative_drop="1%")
+    records = found_by(goals, higher=False)
+    assert cheapest(goals, records, higher=False) < 40_000
+
+
+def test_the_same_records_lead_to_the_same_proposals():
+    goals = dw.Goals(max_drop=0.001)
+    one, two = (found_by(goals, ("int8", "int4"), seed=3) for _ in range(2))
+    assert [r["plan"] for r in one] == [r["plan"] for r in two]
+    assert [r["plan"] for r in one] != [r["plan"] for r in found_by(goals, ("int8", "int4"), seed=4)]
+
+
+def test_the_number_of_trials_is_bounded():
+    assert 12 <= len(found_by(dw.Goals(max_drop=0.001), trials=12)) <= 16
+
+
+def test_hopeless_short_trainings_are_not_made_longer():
+    def landscape(width, epochs, start, scheme):
+        return 0.5 if width < 0.3 else loss(width, epochs, start, scheme)
+
+    goals = dw.Goals(max_drop=0.0003)
+    records = found_by(goals, landscape=landscape)
+    longer = [r["plan"] for r in records if "+" in r["name"]]
+    assert longer
+    assert all(dict(next(iter(s.items())) for s in plan["steps"])["shrink"]["width"] >= 0.3 for plan in longer)
+
+
+def test_a_longer_plan_begins_as_the_shorter_one():
+    recipe = Recipe(width=0.3)
+    short, longer = recipe.plan((5,), 0), recipe.plan((5, 15), 5)
+    assert longer.steps[:2] == short.steps[:2]
+    assert [step for step, _ in longer.steps] == ["shrink", "train", "train", "quantize", "train", "export"]

@@ -1,0 +1,332 @@
+"""Runs: what is kept between trials and runs, where trials run, who judges, and what is told meanwhile."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import random
+import signal
+import sqlite3
+import subprocess
+import sys
+import time
+
+import keras
+import numpy as np
+import pytest
+import yaml
+
+import dwindle as dw
+from dwindle.compressing.events import Event
+from dwindle.compressing.run import begun_search
+from dwindle.compressing.stages import Stages
+from dwindle.compressing.steps import Workbench, run_steps
+from dwindle.compressing.store import Store, read_trials
+from dwindle.compressing.trying import Case, pair
+from dwindle.data import Split, halved, read_data
+
+
+@pytest.fixture(scope="module")
+def task():
+    """A small classifier of vectors, its data, and a model that was trained on it."""
+    generator = np.random.default_rng(0)
+    centers = generator.normal(size=(4, 12)).astype(np.float32)
+    y = generator.integers(0, 4, 900)
+    x = (centers[y] + 0.7 * generator.normal(size=(900, 12))).astype(np.float32)
+    keras.utils.set_random_seed(0)
+    layers = [keras.Input((12,)), keras.layers.Dense(48, activation="relu"), keras.layers.Dense(32, activation="relu")]
+    model = keras.Sequential([*layers, keras.layers.Dense(4, activation="softmax")], name="small")
+    model.compile(keras.optimizers.Adam(5e-3), "sparse_categorical_crossentropy")
+    model.fit(x[:500], y[:500], epochs=15, verbose=0)
+    parts = {"train": (x[:500], y[:500]), "val": (x[500:700], y[500:700]), "test": (x[700:], y[700:])}
+    return model, parts
+
+
+def arrays(parts):
+    return {f"{name}_{part}": array for part, both in parts.items() for name, array in zip("xy", both, strict=True)}
+
+
+PLAN = (
+    ("shrink", {"width": 0.5, "start": "teacher"}), ("prune", {"sparsity": 0.5}), ("train", {"epochs": 2}),
+    ("train", {"epochs": 3}), ("quantize", {}), ("train", {"epochs": 1, "learning_rate": 2e-4}), ("export", {}),
+)  # fmt: skip
+
+
+def bench(task, folder=None):
+    model, parts = task
+    return Workbench(
+        original=model, train=Split(x=(parts["train"][0],), y=parts["train"][1]),
+        loss="sparse_categorical_crossentropy", distills=True, seed=3, tell=lambda _event: None,
+        stages=None if folder is None else Stages(folder),
+    )  # fmt: skip
+
+
+def test_a_plan_that_goes_on_from_a_stage_ends_in_the_same_weights(task, tmp_path):
+    plan = dw.Plan(name="p", steps=PLAN)
+    shorter = dw.Plan(name="s", steps=(*PLAN[:3], ("export", {})))
+    whole = run_steps(plan.steps, bench(task))
+    run_steps(shorter.steps, bench(task, tmp_path))
+    assert len(list(tmp_path.glob("*.keras"))) == 1
+    told = []
+    watched = bench(task, tmp_path)
+    object.__setattr__(watched, "tell", lambda event: told.append(event.text))
+    continued = run_steps(plan.steps, watched)
+    assert [text.split(",")[0] for text in told] == ["epoch 1/3", "epoch 2/3", "epoch 3/3", "epoch 1/1"]
+    for one, two in zip(whole.get_weights(), continued.get_weights(), strict=True):
+        np.testing.assert_array_equal(one, two)
+    kept = np.asarray(dw.finalize(run_steps(plan.steps[:4], bench(task, tmp_path))).layers[0].kernel)
+    assert (kept == 0).mean() >= 0.5
+
+
+def test_stages_are_bounded_and_damaged_ones_are_made_anew(task, tmp_path):
+    stages = Stages(tmp_path, most=2)
+    steps = [(("train", {"epochs": n}),) for n in range(4)]
+    for step in steps:
+        stages.keep(step, task[0])
+    assert len(list(tmp_path.glob("*.keras"))) == 2
+    assert stages.nearest(steps[0]) == (0, None)
+    assert stages.nearest(steps[3])[0] == 1
+    for path in tmp_path.glob("*.keras"):
+        path.write_bytes(path.read_bytes()[:500])
+    assert stages.nearest(steps[3]) == (0, None)
+
+
+def test_two_runs_do_not_share_a_folder(task, tmp_path):
+    model, parts = task
+    store = Store(tmp_path / "out", {"seed": 0})
+    with pytest.raises(dw.ConfigError, match="is in use by another run"):
+        dw.compress(model, data=arrays(parts), goals=dw.Goals(max_drop=0.1), out=tmp_path / "out", force=True)
+    store.close()
+    Store(tmp_path / "out", {"seed": 0}, force=True).close()
+
+
+def test_a_store_keeps_what_has_a_row_and_nothing_else(tmp_path):
+    store = Store(tmp_path / "out", {"seed": 0})
+    for number in range(3):
+        working = store.begin(number)
+        (working / "model.tflite").write_bytes(b"x" * number)
+        (working / "model.keras").write_bytes(b"twin")
+        store.finish(number, working, {"id": f"{number:03d}"})
+    store.begin(3)
+    store.forget_twins(["001"])
+    store.close()
+    assert [r["id"] for r in read_trials(tmp_path / "out")] == ["000", "001", "002"]
+    assert [p.parent.name for p in (tmp_path / "out").rglob("model.keras")] == ["001"]
+    again = Store(tmp_path / "out", {"seed": 0}, resume=True)
+    assert again.finished(2) == {"id": "002"}
+    assert again.finished(3) is None
+    assert sorted(p.name for p in (tmp_path / "out" / "trials").iterdir()) == ["000", "001", "002"]
+    again.close()
+    with pytest.raises(dw.ConfigError, match="another seed"):
+        Store(tmp_path / "out", {"seed": 1}, resume=True)
+    (tmp_path / "out" / "trials.sqlite").write_bytes(b"no database at all" * 100)
+    with pytest.raises(dw.ConfigError, match="is damaged"):
+        Store(tmp_path / "out", {"seed": 0}, resume=True)
+    with pytest.raises(dw.ConfigError, match="holds no run"):
+        read_trials(tmp_path)
+
+
+def test_who_picks_does_not_judge(task, tmp_path):
+    model, parts = task
+    searches = {}
+    for name, given in (
+        ("all", parts),
+        ("no test", {k: parts[k] for k in ("train", "val")}),
+        ("one", {"test": parts["test"]}),
+    ):
+        search, held_back = begun_search(
+            model, data=arrays(given), goals=dw.Goals(max_drop=0.1), out=tmp_path / name, target="litert",
+            metric="accuracy", epochs=1, seed=0, threads=1,
+        )  # fmt: skip
+        search.store.close()
+        searches[name] = (search.case.data, held_back)
+    assert not searches["all"][1]
+    assert len(searches["all"][0].val) == 200
+    for name, total in (("no test", 200), ("one", 200)):
+        data, held_back = searches[name]
+        assert held_back
+        assert abs(len(data.val) - total / 2) <= 4
+        assert len(data.val) + len(data.test) == total
+        picks, judges = ({row.tobytes() for row in split.x[0]} for split in (data.val, data.test))
+        assert not picks & judges
+
+
+def test_halves_have_the_same_classes():
+    y = np.repeat([0, 1, 2], [30, 20, 10])
+    one, two = halved(Split(x=(np.arange(60.0)[:, None],), y=y), 0)
+    assert (np.bincount(one.y) == [15, 10, 5]).all()
+    assert (np.bincount(two.y) == [15, 10, 5]).all()
+
+
+def quick(task, out, **options):
+    model, parts = task
+    wanted = {"goals": dw.Goals(max_drop="50%", max_size="5KB"), "epochs": 4, "trials": 9, **options}
+    return dw.compress(model, data=arrays(parts), out=out, **wanted)
+
+
+def test_a_search_ends_in_a_smaller_file_that_meets_its_goals(task, tmp_path):
+    events = []
+    result = quick(task, tmp_path / "out", watch=events.append)
+    assert result.met
+    report = result.report
+    chosen = report["result"]
+    meeting = [t for t in report["trials"][1:] if t["meets"]]
+    assert chosen["size_bytes"] == min(t["size_bytes"] for t in meeting)
+    assert report["alternatives"]["smallest"] == chosen["id"]
+    assert result.file.stat().st_size == chosen["size_bytes"] <= 5000
+    kinds = {event.kind for event in events}
+    assert kinds == {"note", "begin", "progress", "end", "best"}
+    assert [e.trial for e in events if e.kind == "end"] == list(range(len(report["trials"])))
+    assert not any((tmp_path / "out" / name).exists() for name in ("stages", "teacher", "shared"))
+    twins = {p.parent.name for p in (tmp_path / "out" / "trials").rglob("model.keras")}
+    assert chosen["id"] in twins
+    # The plan that was found makes the same file again.
+    plan = dw.Plan.from_dict(yaml.safe_load((tmp_path / "out" / "plan.yaml").read_text()))
+    again = quick(task, tmp_path / "again", plan=plan)
+    assert again.report["result"]["sha256"] == chosen["sha256"]
+
+
+@pytest.mark.parametrize("engine", ["local", "ray"])
+def test_trials_in_other_processes_end_in_the_same_files(task, tmp_path, engine):
+    if engine == "ray":
+        pytest.importorskip("ray")
+    events = []
+    options = {"trials": 6, "epochs": 2}
+    alone = quick(task, tmp_path / "alone", **options)
+    beside = quick(task, tmp_path / "beside", workers=2, engine=engine, watch=events.append, **options)
+    for one, two in zip(alone.report["trials"], beside.report["trials"], strict=True):
+        assert (one["name"], one["accuracy"], one["size_bytes"]) == (two["name"], two["accuracy"], two["size_bytes"])
+    assert beside.report["result"]["sha256"] == alone.report["result"]["sha256"]
+    begun = [event.trial for event in events if event.kind == "begin"]
+    assert sorted(begun) == list(range(len(beside.report["trials"])))
+    assert not (tmp_path / "beside" / "shared").exists()
+
+
+def test_what_another_process_can_not_read_is_said(task, tmp_path):
+    model, parts = task
+
+    def own_loss(y, made):
+        return keras.ops.mean((made - keras.ops.one_hot(y, 4)) ** 2)
+
+    own = keras.models.clone_model(model)
+    own.set_weights(model.get_weights())
+    own.compile("adam", own_loss)
+    with pytest.raises(dw.ConfigError, match=r"loss .* can't be read in another process"):
+        dw.compress(own, data=arrays(parts), goals=dw.Goals(max_drop=0.5), out=tmp_path / "out", workers=2)
+    for name, value in (("workers", 0), ("trials", 0), ("engine", "cloud")):
+        with pytest.raises(dw.ConfigError, match=f"`{name}` is"):
+            quick(task, tmp_path / "other", **{name: value})
+
+
+def test_a_search_that_is_killed_goes_on_to_the_same_file(task, tmp_path):
+    killed_and_resumed(task, tmp_path, moments=2)
+
+
+@pytest.mark.slow
+def test_killed_at_thirty_moments(task, tmp_path):
+    killed_and_resumed(task, tmp_path, moments=30)
+
+
+def killed_and_resumed(task, tmp_path, moments):
+    """Kill runs at random moments and resume them: the files are those of a run that was left alone."""
+    model, parts = task
+    model.save(tmp_path / "m.keras")
+    np.savez(tmp_path / "d.npz", **arrays(parts))
+    command = [
+        sys.executable, "-m", "dwindle", "compress", str(tmp_path / "m.keras"), "--data", str(tmp_path / "d.npz"),
+        "--max-drop", "50%", "--max-size", "5KB", "--epochs", "4", "--trials", "9", "--progress", "json",
+    ]  # fmt: skip
+    begun = time.monotonic()
+    straight = subprocess.run([*command, "--out", str(tmp_path / "whole")], capture_output=True, text=True, check=False)
+    took = time.monotonic() - begun
+    assert straight.returncode == 0, straight.stderr
+    ends = [json.loads(line) for line in straight.stderr.splitlines() if line.startswith("{")]
+    assert {"event", "trial", "text"} <= set(ends[0])
+    whole = (tmp_path / "whole" / "model.tflite").read_bytes()
+    chance = random.Random(0)
+    for moment in range(moments):
+        out = tmp_path / f"killed-{moment}"
+        process = subprocess.Popen([*command, "--out", str(out)], stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+        try:
+            process.wait(timeout=took * chance.uniform(0.3, 0.95))
+        except subprocess.TimeoutExpired:
+            os.kill(process.pid, signal.SIGKILL)
+        process.wait()
+        there = (out / "trials.sqlite").exists()
+        before = read_trials(out) if there else []
+        told = [*command, "--out", str(out), *(["--resume"] if there else [])]
+        done = subprocess.run(told, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+        assert (out / "model.tflite").read_bytes() == whole
+        assert done.stderr.count("done before") == len(before)
+        with sqlite3.connect(out / "trials.sqlite") as database:
+            numbers = [row[0] for row in database.execute("select number from trials order by number")]
+        assert numbers == list(range(len(numbers)))
+
+
+def test_goals_on_packed_size_and_relative_loss(task, tmp_path):
+    goals = dw.Goals(max_relative_drop="60%", max_packed="3KB", minimize="packed")
+    result = quick(task, tmp_path / "out", goals=goals)
+    chosen = result.report["result"]
+    assert result.met
+    packed = dw.packing.pack(result.file, tmp_path / "m.dwz").packed_bytes
+    assert chosen["packed_bytes"] == packed <= 3000
+    assert {verdict.goal for verdict in result.verdicts} == {"max_relative_drop", "max_packed"}
+    assert packed == min(t["packed_bytes"] for t in result.report["trials"] if t["meets"])
+
+
+def test_goals_are_judged_by_hand():
+    before = {"accuracy": 2.0, "latency_ms": {"p50": 1.0, "p90": 4.0}}
+    after = {
+        "accuracy": 2.5,
+        "size_bytes": 9,
+        "packed_bytes": 5,
+        "ram_bytes": 3,
+        "latency_ms": {"p50": 0.9, "p90": 1.0},
+    }
+    goals = dw.Goals(max_relative_drop=0.2, max_packed=4, max_latency="0.5x", latency="p90", minimize="ram")
+    verdicts = {v.goal: (v.value, v.met) for v in goals.judge(before, after, higher_is_better=False)}
+    assert verdicts == {"max_relative_drop": (0.25, False), "max_packed": (5.0, False), "max_latency": (0.25, True)}
+    assert goals.cost(before, after, False) == 3
+    assert dw.Goals(max_size=1).minimized == "drop"
+    assert dw.Goals(max_relative_drop=0.1).minimized == "size"
+    assert dw.Goals.from_dict(goals.to_dict()) == goals
+    with pytest.raises(dw.ConfigError, match="`minimize` is 'bytes'"):
+        dw.Goals(max_size=1, minimize="bytes")
+
+
+def test_a_trial_too_long_for_the_budget_is_not_begun(task, tmp_path):
+    lines = []
+    result = quick(task, tmp_path / "out", budget="6s", trials=40, epochs=40, say=lines.append)
+    assert result.report["seconds"] < 60
+    assert any("the time budget" in line for line in lines)
+
+
+def test_the_live_display_shows_goals_best_and_trials():
+    from rich.console import Console
+
+    from dwindle.reporting.live import LiveDisplay
+
+    screen = io.StringIO()
+    console = Console(file=screen, force_terminal=True, width=100, color_system=None)
+    with LiveDisplay(dw.Goals(max_drop="1%"), "20m", console) as watch:
+        watch(Event(kind="begin", text="[1] one: begins", trial=1, facts={"name": "one [x]"}))
+        watch(Event(kind="progress", text="[1]: epoch 1/4", trial=1, facts={"epoch": 1, "epochs": 4}))
+        watch._live.refresh()
+        watch(Event(kind="end", text="[1] one: 0.98, 4 KB", trial=1, facts={"meets": True}))
+        watch(Event(kind="best", text="best so far: [1] one", trial=1))
+        watch._live.refresh()
+    shown = screen.getvalue()
+    for text in ("max drop 0.01", "smallest size", "[1] one [x]", "epoch 1/4", "best   [1] one", "left", "0.98, 4 KB"):
+        assert text in shown
+
+
+def test_samples_of_a_case():
+    data = read_data(
+        {"x_train": np.zeros((20, 2), np.float32), "y_train": np.zeros(20, int), "x_test": np.ones((4, 2), np.float32)}
+    )
+    case = Case(bench=None, data=data, metric="accuracy", target=None)
+    assert case.calibration is data.train
+    assert case.judging is data.val
+    assert pair(data.test) is None
