@@ -137,15 +137,9 @@ def blame(
     x, y = _samples(data, samples)
     runner = LiteRTRunner(content)
     _check_samples(x, runner.inputs)
-    try:
-        grids = read_grids(content, quantized)
-    except (ConversionError, ValueError, IndexError) as error:
-        raise ConfigError(
-            "the quantized file does not have the float file's operators; pass the float file that it was made from"
-        ) from error
+    grids = _grids(content, quantized)
     choices = _choices(graph, grids)
-    if all(choice.weights == 32 for choice in choices):
-        raise ConfigError("the second file has no quantized operator; pass a quantized .tflite")
+    guilty = _guilty(graph, choices)
     score = _Score(x=x, y=y, expected=runner.predict(x)[0], metric=metric)
     case = _Case(
         content=content, graph=graph, grids=grids, choices=choices, names=display_names(graph), score=score,
@@ -153,7 +147,6 @@ def blame(
         float_value=score(content),
     )  # fmt: skip
     fidelity = _fidelity(content, quantized, graph, grids, x)
-    guilty = [op for op in graph.operations if op.name not in _PASSING and choices[op.index].weights < 32]
     rows: dict[int, OperatorBlame] = {}
     for done, operation in enumerate(guilty, 1):
         only = [c if i == operation.index else SCHEMES["float32"] for i, c in enumerate(choices)]
@@ -170,6 +163,57 @@ def blame(
         metric=score.name, float_value=case.float_value, quantized_value=case.value, samples=len(x[0]),
         rows=tuple(rows.values()), advice=_advice(case, rows),
     )  # fmt: skip
+
+
+def operator_errors(
+    float_file: str | Path | bytes, quantized_file: str | Path | bytes, data: Any, *, samples: int = SQNR_SAMPLES
+) -> tuple[OperatorBlame, ...]:
+    """Return how far each operator's output in a quantized file is from the float file's: `blame` without its trials.
+
+    Two runs over the samples in all, so ``only`` and ``without`` are None.
+
+    Args:
+        float_file: Path or bytes of the float ``.tflite``.
+        quantized_file: Path or bytes of the file quantized from it.
+        data: As in `blame`; labels are not used.
+        samples: At most this many samples are used. All activations of all samples are held in memory.
+
+    Raises:
+        ConfigError: If the two files do not have the same operators, or the second is not quantized.
+        DataError: If the samples do not fit.
+    """
+    content, quantized = as_float(read_content(float_file))[0], read_content(quantized_file)
+    graph = read_graph(content)
+    x, _ = _samples(data, samples)
+    _check_samples(x, LiteRTRunner(content).inputs)
+    grids = _grids(content, quantized)
+    choices = _choices(graph, grids)
+    names, fidelity = display_names(graph), _fidelity(content, quantized, graph, grids, x, samples)
+    return tuple(
+        OperatorBlame(
+            name=names[operation.index], operator=operation.name,
+            weights=choices[operation.index].weights if has_weights(operation) else None,
+            activations=choices[operation.index].activations, only=None, without=None,
+            **fidelity.get(operation.index, _NOTHING),
+        )
+        for operation in _guilty(graph, choices)
+    )  # fmt: skip
+
+
+def _grids(content: bytes, quantized: bytes) -> Grids:
+    try:
+        return read_grids(content, quantized)
+    except (ConversionError, ValueError, IndexError) as error:
+        raise ConfigError(
+            "the quantized file does not have the float file's operators; pass the float file that it was made from"
+        ) from error
+
+
+def _guilty(graph: Graph, choices: Sequence[Scheme]) -> list[Operation]:
+    """Return the operators that are quantized and compute something."""
+    if all(choice.weights == 32 for choice in choices):
+        raise ConfigError("the second file has no quantized operator; pass a quantized .tflite")
+    return [op for op in graph.operations if op.name not in _PASSING and choices[op.index].weights < 32]
 
 
 _NOTHING: dict[str, Any] = {"sqnr_db": None, "max_error": None, "range": None, "saturation": None}
@@ -335,12 +379,12 @@ def _bounds(graph: Graph, quantized: bytes) -> dict[str, np.ndarray]:
 
 
 def _fidelity(
-    content: bytes, quantized: bytes, graph: Graph, grids: Grids, x: Sequence[np.ndarray]
+    content: bytes, quantized: bytes, graph: Graph, grids: Grids, x: Sequence[np.ndarray], samples: int = SQNR_SAMPLES
 ) -> dict[int, dict[str, Any]]:
     """Compare each operator's output in the two files on a few samples."""
     from dwindle.exporting.verify import activations_of
 
-    few = [array[:SQNR_SAMPLES] for array in x]
+    few = [array[:samples] for array in x]
     before, after = activations_of(content, few), activations_of(quantized, few)
     found = {}
     for operation in graph.operations:

@@ -9,7 +9,7 @@ import sys
 from collections.abc import Callable, Sequence
 
 from dwindle import __version__
-from dwindle.cli import blame, compress, convert, measure, pack
+from dwindle.cli import blame, compress, convert, measure, pack, report
 from dwindle.cli.common import BAD_INPUT, INTERRUPTED
 from dwindle.errors import DwindleError
 
@@ -60,6 +60,7 @@ def _parser() -> argparse.ArgumentParser:
     blame.add(commands)
     blame.add_sensitivity(commands)
     measure.add_inspect(commands)
+    report.add(commands)
     pack.add(commands)
     compress.add_demo(commands)
     return parser

@@ -16,6 +16,7 @@ import numpy as np
 import dwindle
 from dwindle.compressing.engines import ENGINES, Engine, Processes, Ray
 from dwindle.compressing.events import Event, Tell
+from dwindle.compressing.evidence import evidence
 from dwindle.compressing.goals import Goals, Verdict
 from dwindle.compressing.plans import Plan
 from dwindle.compressing.search import Search, fingerprint
@@ -106,7 +107,8 @@ def compress(
         train: ``(x, y)`` training samples.
         validation: ``(x, y)`` samples that pick; carved from the training samples where it is left out.
         goals: What the file must reach.
-        out: Folder for ``model.tflite``, ``model.keras``, ``report.html``, ``report.json``, ``plan.yaml``, ``trials/``.
+        out: Folder for ``model.tflite``, ``model.keras``, ``report.html``, ``report.json``, ``model-card.md``,
+            ``plan.yaml`` and ``trials/``.
         test: ``(x, y)`` samples that judge. Without them half of the validation samples is held back for it.
         data: Instead of these three: anything that `dwindle.data.read_data` reads.
         target: What runs the file: ``"litert"``, ``"micro"``, a board such as ``"cortex-m4-256k"``, or a YAML file; see
@@ -313,6 +315,7 @@ def _conclude(search: Search, facts: Mapping[str, Any]) -> Result:
     """Judge the best trial on held-back data, publish its files and write the report."""
     chosen = search.best() if search.trials else None
     report = _frame(search, facts)
+    report["model"]["sha256"] = fingerprint(search.case.bench.original)
     verdicts: list[Verdict] = []
     if chosen is not None:
         baseline, result, verification = _judge(search, chosen)
@@ -331,6 +334,12 @@ def _conclude(search: Search, facts: Mapping[str, Any]) -> Result:
             "alternatives": search.alternatives(),
             "layers": {"baseline": _rows(folder / search.trials[0]["file"]), "result": _rows(folder / "model.tflite")},
         }  # fmt: skip
+        if not facts["interrupted"]:  # who stops a search does not want to wait
+            report["evidence"] = evidence(
+                folder / search.trials[0]["file"], folder / "model.tflite",
+                search.case.data.evaluation(), search.case.data.class_names,
+                twin=folder / "model.keras", metric=search.case.metric, threads=search.case.threads,
+            )  # fmt: skip
     met = bool(verdicts) and all(verdict.met for verdict in verdicts)
     report["verdicts"] = [verdict.to_dict() for verdict in verdicts]
     report["met"] = met

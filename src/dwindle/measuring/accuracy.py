@@ -31,17 +31,26 @@ def right(outputs: np.ndarray, y: np.ndarray) -> np.ndarray:
     Raises:
         DataError: If labels and outputs do not fit.
     """
-    outputs, y = np.asarray(outputs), np.asarray(y)
-    if outputs.ndim == 2 and outputs.shape[1] > 1:
-        found = outputs.argmax(axis=1)
-    else:
-        found = (outputs.reshape(len(outputs), -1)[:, 0] >= 0.5).astype(np.int64)
-    labels = y.argmax(axis=1) if y.ndim == 2 and y.shape[1] > 1 else y.reshape(len(y), -1)[:, 0]
+    found, labels = predicted_classes(outputs), labelled_classes(y)
     if len(labels) != len(found):
         raise DataError(f"there are {len(found)} outputs and {len(labels)} labels; they must be as many")
     if labels.dtype.kind == "f" and not np.array_equal(labels, np.rint(labels)):
         raise DataError("the labels are not whole numbers, so there is no accuracy; choose a metric such as `mae`")
     return np.asarray(found == labels)
+
+
+def predicted_classes(outputs: np.ndarray) -> np.ndarray:
+    """Return the class that each output ``(n, ...)`` names, as `right` reads it."""
+    outputs = np.asarray(outputs)
+    if outputs.ndim == 2 and outputs.shape[1] > 1:
+        return np.asarray(outputs.argmax(axis=1))
+    return (outputs.reshape(len(outputs), -1)[:, 0] >= 0.5).astype(np.int64)
+
+
+def labelled_classes(y: np.ndarray) -> np.ndarray:
+    """Return the class that each label names, as `right` reads it: of the labels' own type where not one-hot."""
+    y = np.asarray(y)
+    return np.asarray(y.argmax(axis=1) if y.ndim == 2 and y.shape[1] > 1 else y.reshape(len(y), -1)[:, 0])
 
 
 def evaluate(outputs: np.ndarray, y: np.ndarray, metric: Any = "accuracy") -> float:

@@ -29,6 +29,8 @@ class Row:
         bits: Bits of one weight; 0 without weights.
         sparsity: Fraction of zero weights.
         distinct: Distinct values of the largest weight.
+        layer: Name of the layer that it is, where the file tells; else as ``name``.
+        weight_shape: Shape of the largest weight as it is stored; empty without weights.
     """
 
     index: int
@@ -40,10 +42,13 @@ class Row:
     bits: int
     sparsity: float
     distinct: int
+    layer: str = ""
+    weight_shape: tuple[int, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain data."""
-        return {**asdict(self), "output_shape": list(self.output_shape)}
+        shapes = {"output_shape": list(self.output_shape), "weight_shape": list(self.weight_shape)}
+        return {**asdict(self), **shapes}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,7 +83,7 @@ def inspect_file(path: str | Path) -> Inspection:
     """
     if is_onnx(path):
         return _inspect_onnx(Path(path))
-    from dwindle.lifting.flatbuffer import read_graph
+    from dwindle.lifting.flatbuffer import layer_name, read_graph
     from dwindle.measuring.litert import read_content
 
     content = read_content(path)
@@ -111,6 +116,7 @@ def inspect_file(path: str | Path) -> Inspection:
                 bits=0 if weight is None else weight.bits,
                 sparsity=0.0 if values is None else float((values == points).mean()),
                 distinct=0 if values is None else int(np.unique(values).size),
+                layer=layer_name(operation), weight_shape=() if values is None else tuple(map(int, values.shape)),
             )
         )  # fmt: skip
     weights = sum(row.size_bytes for row in rows)
@@ -137,7 +143,7 @@ def _inspect_onnx(path: Path) -> Inspection:
             Row(
                 index=index, op=node.kind, name=node.name, output_shape=graph.shapes.get(node.outputs[0], ()),
                 parameters=sum(array.size for array in numbers), size_bytes=sum(array.nbytes for array in arrays),
-                **_of_weight(largest),
+                layer=node.name, **_of_weight(largest),
             )
         )  # fmt: skip
     size, _ = content_of(path)
@@ -167,7 +173,7 @@ def inspect_model(model: Any) -> Inspection:
                 output_shape=tuple(1 if v is None else int(v) for v in getattr(shape, "shape", ())),
                 parameters=sum(array.size for array in arrays),
                 size_bytes=sum(array.nbytes for array in arrays),
-                **_of_weight(largest),
+                layer=path, **_of_weight(largest),
             )
         )  # fmt: skip
     weights = sum(row.size_bytes for row in rows)
@@ -179,8 +185,10 @@ def _of_weight(weight: np.ndarray | None) -> dict[str, Any]:
     """Return the fields of a row that its largest weight tells."""
     if weight is None or weight.size == 0:
         return {"bits": 0, "sparsity": 0.0, "distinct": 0}
-    sparsity = float((weight == 0).mean())
-    return {"bits": weight.dtype.itemsize * 8, "sparsity": sparsity, "distinct": int(np.unique(weight).size)}
+    return {
+        "bits": weight.dtype.itemsize * 8, "sparsity": float((weight == 0).mean()),
+        "distinct": int(np.unique(weight).size), "weight_shape": tuple(map(int, weight.shape)),
+    }  # fmt: skip
 
 
 def _is_own(layer: Any, variable: Any) -> bool:

@@ -61,6 +61,16 @@ def compare_latency(
     Raises:
         ConfigError: If ``threads`` is below 1.
     """
+    return [_latency(taken, threads) for taken in time_runs(sources, threads=threads, seconds=seconds, warmup=warmup)]
+
+
+def time_runs(
+    sources: Sequence[str | Path | bytes], *, threads: int = 1, seconds: float = 0.4, warmup: int = 20
+) -> list[np.ndarray]:
+    """Return the time of every single run of each file, in milliseconds, in the order in which they were made.
+
+    See `compare_latency` for how they are timed, for the arguments and the error.
+    """
     if threads < 1:
         raise ConfigError(f"`threads` is {threads}; it must be at least 1")
     runners = [runner_of(source, threads=threads) for source in sources]
@@ -89,7 +99,7 @@ def compare_latency(
     finally:
         if enabled:
             gc.enable()
-    return [_latency(np.array(taken) / 1e6, threads) for taken in times]
+    return [np.array(taken) / 1e6 for taken in times]
 
 
 def _latency(taken_ms: np.ndarray, threads: int) -> Latency:

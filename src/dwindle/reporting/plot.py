@@ -1,39 +1,124 @@
-"""The plot of the report: size against metric, as SVG."""
+"""The plots of the report's trials: size or latency against the metric, in pixels for an SVG."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from dwindle.reporting.numbers import format_bytes, format_metric, format_ms
 
 WIDTH, HEIGHT = 760, 380
-LEFT, RIGHT, TOP, BOTTOM = 74, 24, 22, 52
+LEFT, RIGHT, TOP, BOTTOM = 74, 24, 26, 52
+# A file that loses this many times as much as the typical one is drawn at the edge, so as not to press all others
+# into a line.
+FAR = 20.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Axis:
+    """What a plot has from left to right.
+
+    Attributes:
+        key: Its name in the page.
+        title: In words.
+        limit_text: What lies beyond the goal.
+        value: Reads it off a trial; None where it was not measured.
+        limit: Reads the goal off a report and its original.
+        written: Writes a value.
+    """
+
+    key: str
+    title: str
+    limit_text: str
+    value: Callable[[Mapping[str, Any]], float | None]
+    limit: Callable[[Mapping[str, Any], Mapping[str, Any]], float | None]
+    written: Callable[[float | None], str]
+
+
+def latency_key(report: Mapping[str, Any]) -> str:
+    """Return which latency a report's goals are about: ``p50`` or ``p90``."""
+    return "p90" if (report.get("goals") or {}).get("latency") == "p90" else "p50"
+
+
+def latency_of(trial: Mapping[str, Any], key: str) -> float | None:
+    """Return a trial's latency in milliseconds, ``p50`` or ``p90``."""
+    value = (trial.get("latency_ms") or {}).get(key)
+    return None if value is None else float(value)
+
+
+def p50_of(trial: Mapping[str, Any]) -> float | None:
+    """Return a trial's median latency in milliseconds."""
+    return latency_of(trial, "p50")
+
+
+def _size(trial: Mapping[str, Any]) -> float | None:
+    return float(trial["size_bytes"]) if trial.get("size_bytes") else None
+
+
+def _size_limit(goals: Mapping[str, Any], _original: Mapping[str, Any]) -> float | None:
+    return float(goals["max_size_bytes"]) if goals.get("max_size_bytes") else None
+
+
+def axes_of(report: Mapping[str, Any]) -> tuple[Axis, Axis]:
+    """Return what a report's trials are plotted against: size, and the latency that its goals are about."""
+    key = latency_key(report)
+
+    def limit(goals: Mapping[str, Any], original: Mapping[str, Any]) -> float | None:
+        if goals.get("max_latency_ms"):
+            return float(goals["max_latency_ms"])
+        start = latency_of(original, key)
+        return float(goals["max_latency_factor"]) * start if goals.get("max_latency_factor") and start else None
+
+    return (
+        Axis(key="size", title="file size", limit_text="too large",
+             value=_size, limit=_size_limit, written=format_bytes),
+        Axis(key="latency", title=f"latency of one sample, {key}", limit_text="too slow",
+             value=lambda trial: latency_of(trial, key), limit=limit, written=format_ms),
+    )  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
 class Point:
-    """A trial on the plot."""
+    """A trial on the plot.
+
+    Attributes:
+        x: From the left.
+        y: From the top.
+        label: All its figures in a line.
+        figures: The same without its name.
+        kind: ``original``, ``chosen``, ``meets`` or ``other``.
+        name: What was done.
+        trial: Its number.
+        far: Whether it lies beyond the edge that it is drawn at.
+    """
 
     x: float
     y: float
     label: str
+    figures: str
     kind: str
     name: str
+    trial: str
+    far: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
 class Plot:
-    """Everything that the template draws, in pixels."""
+    """Everything that the template draws, in pixels; ``best`` has the trials on the Pareto front."""
 
+    key: str
+    title: str
+    limit_text: str
     points: tuple[Point, ...]
     front: str
+    best: tuple[str, ...]
     x_ticks: tuple[tuple[float, str], ...]
     y_ticks: tuple[tuple[float, str], ...]
-    size_limit: float | None
+    x_limit: float | None
     metric_limit: float | None
+    rising: bool
     width: int = WIDTH
     height: int = HEIGHT
     left: int = LEFT
@@ -56,49 +141,65 @@ def pareto(points: Sequence[tuple[float, float]]) -> list[int]:
     return front
 
 
-def make_plot(report: Mapping[str, Any]) -> Plot | None:
-    """Return the plot of a report's trials, None if fewer than two have figures."""
+def make_plots(report: Mapping[str, Any]) -> list[Plot]:
+    """Return the plots of a report's trials: against size, and against latency; none with fewer than two files."""
+    return [plot for axis in axes_of(report) if (plot := make_plot(report, axis)) is not None]
+
+
+def make_plot(report: Mapping[str, Any], axis: Axis) -> Plot | None:
+    """Return the plot of a report's trials along one of `axes_of`, None if fewer than two have figures."""
     metric = report.get("metric") or {"name": "accuracy", "higher_is_better": True}
-    trials = [
-        trial for trial in report.get("trials") or []
-        if trial.get("status", "done") == "done" and trial.get("size_bytes") and trial.get("accuracy") is not None
+    measured = [
+        (trial, x, float(trial["accuracy"])) for trial in report.get("trials") or []
+        if trial.get("status", "done") == "done" and (x := axis.value(trial)) and _is_finite(trial.get("accuracy"))
     ]  # fmt: skip
-    if len(trials) < 2:
+    if len(measured) < 2:
         return None
-    goals = report.get("goals") or {}
-    sizes = [float(t["size_bytes"]) for t in trials]
-    values = [float(t["accuracy"]) for t in trials]
-    limit = goals.get("max_size_bytes")
-    floor = None
-    baseline = report.get("baseline") or trials[0]
-    if goals.get("max_drop") is not None:
-        start = baseline.get("validation_accuracy", baseline.get("accuracy"))
-        floor = None if start is None else start - goals["max_drop"] * (1 if metric["higher_is_better"] else -1)
-    x_of = _log_scale([*sizes, *([limit] if limit else [])])
-    low, high = _range([*values, *([floor] if floor is not None else [])])
+    goals, original = report.get("goals") or {}, measured[0][0]
+    sign = 1 if metric["higher_is_better"] else -1
+    limit, start = axis.limit(goals, original), float(original["accuracy"])
+    asked = ((goals.get("max_drop"), 1.0), (goals.get("max_relative_drop"), abs(start)))
+    drops = [drop * scale for drop, scale in asked if drop is not None]
+    floor = start - min(drops) * sign if drops else None
+    positions, values = [x for _, x, _ in measured], [value for _, _, value in measured]
+    x_of = _log_scale([*positions, *([limit] if limit else [])])
+    low, high = _range(values, floor, sign)
 
     def y_of(value: float) -> float:
-        return HEIGHT - BOTTOM - (value - low) / (high - low) * (HEIGHT - TOP - BOTTOM)
+        inside = min(max(value, low), high)
+        return HEIGHT - BOTTOM - (inside - low) / (high - low) * (HEIGHT - TOP - BOTTOM)
 
     chosen = (report.get("result") or {}).get("id")
-    points = tuple(
-        Point(
-            x=round(x_of(size), 1), y=round(y_of(value), 1), kind=_kind(trial, chosen), name=str(trial.get("name")),
-            label=f"{trial.get('name')}: {format_bytes(size)}, {format_metric(value, metric['name'])}, "
-            f"{format_ms((trial.get('latency_ms') or {}).get('p50'))}",
-        )
-        for trial, size, value in zip(trials, sizes, values, strict=True)
-    )  # fmt: skip
-    sign = 1 if metric["higher_is_better"] else -1
-    front = pareto([(size, sign * value) for size, value in zip(sizes, values, strict=True)])
+    points = []
+    for trial, x, value in measured:
+        figures = _figures(trial, metric["name"])
+        points.append(
+            Point(
+                x=round(x_of(x), 1), y=round(y_of(value), 1), kind=_kind(trial, chosen), name=str(trial.get("name")),
+                figures=figures, label=f"{trial.get('name')}: {figures}", trial=str(trial.get("id")),
+                far=not low <= value <= high,
+            )
+        )  # fmt: skip
+    front = pareto([(x, sign * value) for x, value in zip(positions, values, strict=True)])
+    ends = (min(positions), max(positions))
     return Plot(
-        points=points,
-        front=" ".join(f"{points[i].x},{points[i].y}" for i in front),
-        x_ticks=tuple((round(x_of(tick), 1), format_bytes(tick)) for tick in _log_ticks(min(sizes), max(sizes))),
+        key=axis.key, title=axis.title, limit_text=axis.limit_text, points=tuple(points), rising=sign > 0,
+        front=" ".join(f"{points[i].x},{points[i].y}" for i in front), best=tuple(points[i].trial for i in front),
+        x_ticks=tuple((round(x_of(tick), 1), axis.written(tick)) for tick in log_ticks(*ends)),
         y_ticks=tuple((round(y_of(tick), 1), format_metric(tick, metric["name"])) for tick in _ticks(low, high)),
-        size_limit=round(x_of(limit), 1) if limit else None,
-        metric_limit=round(y_of(floor), 1) if floor is not None else None,
-    )
+        x_limit=round(x_of(limit), 1) if limit else None,
+        metric_limit=round(y_of(floor), 1) if floor is not None and low <= floor <= high else None,
+    )  # fmt: skip
+
+
+def _is_finite(value: Any) -> bool:
+    return value is not None and math.isfinite(value)
+
+
+def _figures(trial: Mapping[str, Any], metric: str) -> str:
+    parts = [format_bytes(trial.get("size_bytes")), format_metric(trial.get("accuracy"), metric),
+             format_ms(p50_of(trial))]  # fmt: skip
+    return ", ".join(parts)
 
 
 def _kind(trial: Mapping[str, Any], chosen: Any) -> str:
@@ -109,22 +210,29 @@ def _kind(trial: Mapping[str, Any], chosen: Any) -> str:
     return "meets" if trial.get("meets") else "other"
 
 
-def _log_scale(values: Sequence[float]) -> Any:
+def _log_scale(values: Sequence[float]) -> Callable[[float], float]:
     low, high = math.log(min(values)), math.log(max(values))
     margin = max(0.1, (high - low) * 0.06)
     low, high = low - margin, high + margin
     return lambda value: LEFT + (math.log(value) - low) / (high - low) * (WIDTH - LEFT - RIGHT)
 
 
-def _range(values: Sequence[float]) -> tuple[float, float]:
-    # One trial that failed badly must not press all the others into a line.
-    ordered = sorted(values)
-    low, high = ordered[0], ordered[-1]
+def _range(values: Sequence[float], floor: float | None, sign: int) -> tuple[float, float]:
+    """Return the ends of the metric's axis; a file that is far worse than most lies beyond."""
+    best = max(values, key=lambda value: sign * value)
+    losses = sorted(sign * (best - value) for value in values)
+    typical = losses[len(losses) // 2]
+    asked = 0.0 if floor is None else sign * (best - floor)
+    edge = max(FAR * typical, FAR / 2 * asked)
+    kept = [value for value in values if edge <= 0 or sign * (best - value) <= edge]
+    shown = [*kept, *([floor] if floor is not None else [])]
+    low, high = min(shown), max(shown)
     margin = max((high - low) * 0.08, 1e-4)
     return low - margin, high + margin
 
 
-def _log_ticks(low: float, high: float) -> list[float]:
+def log_ticks(low: float, high: float) -> list[float]:
+    """Return round numbers for a logarithmic axis: 1, 2 and 5 times powers of ten, or powers alone."""
     ticks = [
         factor * 10.0**power
         for power in range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import PurePath
 from typing import Any
 
+from dwindle.reporting.advice import suggestions
 from dwindle.reporting.numbers import format_bytes, format_metric, format_ms
 from dwindle.reporting.page import headline, verdict_line
 
@@ -21,7 +22,7 @@ def console_of() -> Any:
 
 
 def terminal_summary(report: Mapping[str, Any], console: Any = None) -> None:
-    """Print the verdict, the trials and the goals.
+    """Print the trials, the verdict, the goals, and what to try where one is missed.
 
     Args:
         report: The content of ``report.json``.
@@ -54,6 +55,8 @@ def terminal_summary(report: Mapping[str, Any], console: Any = None) -> None:
     console.print(f"[bold]{escape(headline(report))}[/bold] {escape(verdict_line(report))}")
     for verdict in report.get("verdicts") or []:
         console.print(f"  {'met   ' if verdict['met'] else 'missed'}  {escape(verdict['text'])}")
+    for line in suggestions(report):
+        console.print(f"  try     {escape(line)}")
 
 
 def print_comparison(rows: Sequence[Mapping[str, Any]], console: Any = None) -> None:
