@@ -29,7 +29,7 @@ _NAMES: dict[str, str] = {
     "Plan": "dwindle.compressing.plans",
     "PolynomialDecay": "dwindle.pruning",
     "Pruned": "dwindle.iterative_pruning",
-    "Result": "dwindle.compressing.run",
+    "Result": "dwindle.compressing.concluding",
     "Scheme": "dwindle.quantization.schemes",
     "Sensitivity": "dwindle.layer_sensitivity",
     "UnsupportedModelError": "dwindle.errors",
@@ -66,9 +66,9 @@ if TYPE_CHECKING:
     from dwindle.blaming import Blame as Blame
     from dwindle.blaming import blame as blame
     from dwindle.clustering import cluster as cluster
+    from dwindle.compressing.concluding import Result as Result
     from dwindle.compressing.goals import Goals as Goals
     from dwindle.compressing.plans import Plan as Plan
-    from dwindle.compressing.run import Result as Result
     from dwindle.compressing.run import compress as compress
     from dwindle.data import Data as Data
     from dwindle.data import load_demo_data as load_demo_data

@@ -114,7 +114,7 @@ def read_data(
         raise DataError(f"data `{name}` has the arrays {', '.join(sorted(arrays)) or 'none'}; expected {_KEYS}")
     splits = {part: _split(arrays, part, rescale, name) for part in PARTS}
     if splits["val"] is None and splits["train"] is not None and validation_fraction > 0:
-        splits["train"], splits["val"] = _set_aside(splits["train"], validation_fraction, seed)
+        splits["train"], splits["val"] = set_aside(splits["train"], validation_fraction, seed)
     return Data(
         train=splits["train"], val=splits["val"], test=splits["test"], source=name, class_names=class_names,
         sha256=_hash(splits),
@@ -277,8 +277,17 @@ def _check(array: np.ndarray, label: str, name: str) -> None:
             )
 
 
-def _set_aside(train: Split, fraction: float, seed: int) -> tuple[Split, Split | None]:
-    """Carve validation samples out of the training samples, evenly over the classes where labels are integers."""
+def set_aside(train: Split, fraction: float, seed: int) -> tuple[Split, Split | None]:
+    """Return some samples in two parts, evenly over the classes where labels are integers.
+
+    Args:
+        train: The samples.
+        fraction: Share that the second part gets.
+        seed: Seeds which go where.
+
+    Returns:
+        Both parts; all samples and None where there are too few.
+    """
     generator = np.random.default_rng(seed)
     groups = [np.arange(len(train))]
     if train.y is not None and train.y.ndim == 1 and train.y.dtype.kind in "iu":
@@ -289,19 +298,6 @@ def _set_aside(train: Split, fraction: float, seed: int) -> tuple[Split, Split |
     mask = np.zeros(len(train), dtype=bool)
     mask[aside] = True
     return train.pick(np.flatnonzero(~mask)), train.pick(np.flatnonzero(mask))
-
-
-def halved(split: Split, seed: int) -> tuple[Split, Split | None]:
-    """Return two halves of some samples, evenly over the classes where labels are integers.
-
-    Args:
-        split: The samples.
-        seed: Seeds which go where.
-
-    Returns:
-        Both halves; all samples and None where there are too few.
-    """
-    return _set_aside(split, 0.5, seed)
 
 
 def _hash(splits: Mapping[str, Split | None]) -> str:

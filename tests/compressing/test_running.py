@@ -24,7 +24,7 @@ from dwindle.compressing.stages import Stages
 from dwindle.compressing.steps import Workbench, run_steps
 from dwindle.compressing.store import Store, read_trials
 from dwindle.compressing.trying import Case, pair
-from dwindle.data import Split, halved, read_data
+from dwindle.data import Split, read_data, set_aside
 
 
 @pytest.fixture(scope="module")
@@ -158,7 +158,7 @@ def test_who_picks_does_not_judge(task, tmp_path):
 
 def test_halves_have_the_same_classes():
     y = np.repeat([0, 1, 2], [30, 20, 10])
-    one, two = halved(Split(x=(np.arange(60.0)[:, None],), y=y), 0)
+    one, two = set_aside(Split(x=(np.arange(60.0)[:, None],), y=y), 0.5, 0)
     assert (np.bincount(one.y) == [15, 10, 5]).all()
     assert (np.bincount(two.y) == [15, 10, 5]).all()
 

@@ -88,7 +88,7 @@ def _compress(options: argparse.Namespace) -> int:
     from dwindle.data import read_data
 
     check_exists(options.model)
-    data = read_data(options.data, rescale=factor, seed=options.seed)
+    data = read_data(options.data, rescale=factor, seed=options.seed, validation_fraction=0)
     start_keras()
     model = load_source(options.model, options)
     if options.dry_run:

@@ -9,14 +9,15 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from dwindle.compressing.concluding import Result
     from dwindle.compressing.goals import Goals
     from dwindle.compressing.plans import Plan
-    from dwindle.compressing.run import Result, compress
+    from dwindle.compressing.run import compress
 
 _NAMES = {
     "Goals": "dwindle.compressing.goals",
     "Plan": "dwindle.compressing.plans",
-    "Result": "dwindle.compressing.run",
+    "Result": "dwindle.compressing.concluding",
     "compress": "dwindle.compressing.run",
 }
 

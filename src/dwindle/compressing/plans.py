@@ -13,7 +13,13 @@ from dwindle.quantization.schemes import SCHEMES
 # Each step and the options that it takes, with their defaults. `dwindle.compressing.steps` does them.
 STEP_OPTIONS: dict[str, dict[str, Any]] = {
     "shrink": {"width": 0.5, "depth": 1.0, "start": "random"},
-    "prune": {"sparsity": 0.8, "structure": "element"},
+    "prune": {
+        "sparsity": 0.8,
+        "structure": "element",
+        "scope": "layer",
+        "criterion": "magnitude",
+        "target": "channels",
+    },
     "factorize": {"energy": 0.9},
     "cluster": {"clusters": 16, "init": "kmeans", "per_channel": False},
     "quantize": {"scheme": "int8"},

@@ -153,6 +153,7 @@ class Proposer:
         else:
             widths = [width for factor in (1, 0.7, 0.5, 0.35, 0.25) if (width := _round(top * factor)) >= NARROWEST]
         found = [Recipe(width=width, scheme=scheme) for width in widths]
+        found += [Recipe(width=width, allotted="globally", scheme=scheme) for width in widths[:4:2]]
         found += [Recipe(width=width, start="random", scheme=scheme) for width in widths[1:4:2]]
         if self._deepens:
             found += [Recipe(width=width, depth=0.67, scheme=scheme) for width in widths[:2]]
@@ -290,6 +291,7 @@ class _Study:
         self._space: dict[str, Any] = {
             "width": lengths.FloatDistribution(NARROWEST, WIDEST, log=True),
             "start": lengths.CategoricalDistribution(("teacher", "random")),
+            "allotted": lengths.CategoricalDistribution(("evenly", "globally")),
             "energy": lengths.CategoricalDistribution((1.0, 0.9)),
         }
         if deepens:
@@ -306,8 +308,8 @@ class _Study:
         """Return a recipe."""
         trial = self._study.ask(self._space)
         params = {**trial.params, **self._fixed, "width": _round(trial.params["width"])}
-        if params["start"] == "random":  # what was not trained yet has no low rank
-            params["energy"] = 1.0
+        if params["start"] == "random":  # what was not trained yet has no low rank, and no channels that matter
+            params |= {"energy": 1.0, "allotted": "evenly"}
         recipe = Recipe(**params)
         self._asked[recipe] = trial
         return recipe

@@ -20,6 +20,8 @@ class Recipe:
         width: Factor of the layers' widths, in (0, 1].
         depth: Share of the residual blocks that stays, in (0, 1].
         start: ``"teacher"``: the channels that matter most, with their weights; ``"random"``: new weights.
+        allotted: Which channels stay: ``"evenly"``, ``width`` of each layer's; ``"globally"``, those that matter most in
+            one ranking, until ``width`` squared of the parameters are left.
         energy: Share of the spectrum that low rank keeps; 1: no low rank.
         sparsity: Fraction of single weights set to 0; it makes packed files smaller.
         clusters: Values per tensor; 0: any. It makes packed files smaller.
@@ -29,6 +31,7 @@ class Recipe:
     width: float = 1.0
     depth: float = 1.0
     start: str = "teacher"
+    allotted: str = "evenly"
     energy: float = 1.0
     sparsity: float = 0.0
     clusters: int = 0
@@ -40,7 +43,8 @@ class Recipe:
         parts = []
         if self.width < 1 or self.depth < 1:
             parts.append(f"{self.width:g} as wide" + (f", {self.depth:g} as deep" if self.depth < 1 else ""))
-            parts.append("its own channels" if self.start == "teacher" else "new weights")
+            own = "its best channels" if self.allotted == "globally" else "its own channels"
+            parts.append(own if self.start == "teacher" else "new weights")
         if self.energy < 1:
             parts.append(f"low rank {self.energy:g}")
         if self.sparsity > 0:
@@ -57,8 +61,13 @@ class Recipe:
             tuning: Epochs of quantized training at the end; 0: quantized after training.
         """
         steps: list[tuple[str, dict[str, Any]]] = []
-        if self.width < 1 or self.depth < 1:
-            steps.append(("shrink", {"width": self.width, "depth": self.depth, "start": self.start}))
+        globally = self.allotted == "globally" and self.width < 1
+        width = 1.0 if globally else self.width
+        if width < 1 or self.depth < 1:
+            steps.append(("shrink", {"width": width, "depth": self.depth, "start": self.start}))
+        if globally:
+            steps.append(("prune", {"sparsity": round(1 - self.width**2, 4), "structure": "channel", "scope": "global",
+                                    "criterion": "taylor", "target": "parameters"}))  # fmt: skip
         if self.energy < 1:
             steps.append(("factorize", {"energy": self.energy}))
         if self.sparsity > 0:

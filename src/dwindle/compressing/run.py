@@ -4,69 +4,35 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
-from datetime import UTC, datetime
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import keras
-import numpy as np
 
-import dwindle
+from dwindle.compressing.concluding import Result, conclude
 from dwindle.compressing.engines import ENGINES, Engine, Processes, Ray
 from dwindle.compressing.events import Event, Tell
-from dwindle.compressing.evidence import evidence
-from dwindle.compressing.goals import Goals, Verdict
+from dwindle.compressing.goals import Goals
 from dwindle.compressing.plans import Plan
 from dwindle.compressing.search import Search, fingerprint
 from dwindle.compressing.stages import Stages
 from dwindle.compressing.steps import Workbench, training_loss
 from dwindle.compressing.store import Store, check_out_folder
-from dwindle.compressing.trying import Case, figures_of
-from dwindle.compressing.trying import pair as pair_of
-from dwindle.data import Data, Split, fit_to_model, halved, read_data
+from dwindle.compressing.trying import Case
+from dwindle.data import Data, fit_to_model, read_data, set_aside
 from dwindle.distillation import record
-from dwindle.errors import ConfigError, DataError, DwindleError, check_choice
-from dwindle.exporting import output_quanta, pack_inputs, predict
-from dwindle.exporting.verify import BOUNDS, compare
-from dwindle.files import write_text
+from dwindle.errors import ConfigError, DataError, check_choice
+from dwindle.exporting import pack_inputs
 from dwindle.interruption import interruptible
 from dwindle.lifting import lift
 from dwindle.measuring import (
-    LiteRTRunner,
     check_metric,
-    compare_latency,
-    environment,
-    higher_is_better,
-    inspect_file,
-    measure,
 )
-from dwindle.measuring.paired import PairedDrop, paired_drop
-from dwindle.quantization.schemes import resolve_scheme
-from dwindle.reporting import write_report
 from dwindle.targets import Target, read_target
 from dwindle.units import parse_duration
 from dwindle.weights import is_graph
-
-
-@dataclass(frozen=True, kw_only=True)
-class Result:
-    """What `compress` found.
-
-    Attributes:
-        met: Whether the chosen file meets every goal, judged on data that did not pick it.
-        interrupted: Whether the search was stopped before its end.
-        file: The chosen file, ``model.tflite`` in the out folder; None if nothing could be written.
-        verdicts: Each goal with what was measured.
-        report: The content of ``report.json``.
-    """
-
-    met: bool
-    interrupted: bool
-    file: Path | None
-    verdicts: tuple[Verdict, ...]
-    report: Mapping[str, Any]
 
 
 def compress(
@@ -105,11 +71,13 @@ def compress(
     Args:
         model: A trained Keras model; it is not changed.
         train: ``(x, y)`` training samples.
-        validation: ``(x, y)`` samples that pick; carved from the training samples where it is left out.
+        validation: ``(x, y)`` samples that pick between trials.
         goals: What the file must reach.
         out: Folder for ``model.tflite``, ``model.keras``, ``report.html``, ``report.json``, ``model-card.md``,
             ``plan.yaml`` and ``trials/``.
-        test: ``(x, y)`` samples that judge. Without them half of the validation samples is held back for it.
+        test: ``(x, y)`` samples that judge. Where there are only validation or only test samples, half of them picks
+            and half judges. Where there is neither, a fifth of the training samples is taken for it; an original
+            that was trained on them looks better there than it is, and so all losses look larger.
         data: Instead of these three: anything that `dwindle.data.read_data` reads.
         target: What runs the file: ``"litert"``, ``"micro"``, a board such as ``"cortex-m4-256k"``, or a YAML file; see
             `dwindle.targets`. Its sizes are goals where you set none. For microcontrollers every file has to run in
@@ -156,7 +124,7 @@ def compress(
         facts = {"source": source or model.name, "command": command or _call(search.goals, out, seed), "seed": seed,
                  "seconds": round(time.monotonic() - begun, 1), "interrupted": interrupted, "threads": threads,
                  "held_back": held_back}  # fmt: skip
-        result = _conclude(search, facts)
+        result = conclude(search, facts)
         if not interrupted:
             search.store.tidy()
         search.tell(Event(kind="note", text=f"{search.store.size_bytes() / 1e6:,.1f} MB in {search.store.folder}"))
@@ -294,174 +262,22 @@ def _data_for(model: keras.Model, train: Any, validation: Any, test: Any, data: 
         if not named:
             raise DataError("no data is given; pass `train` and `validation` as (x, y), or `data`")
         data = named
-    found = read_data(data)
+    found = data if isinstance(data, Data) else read_data(data, validation_fraction=0)
     shapes = [tuple(tensor.shape[1:]) for tensor in model.inputs]
     units = model.outputs[0].shape[-1] if len(model.outputs) == 1 and len(model.outputs[0].shape) == 2 else None
     dtypes = [keras.backend.standardize_dtype(tensor.dtype) for tensor in model.inputs]
     fitted = fit_to_model(found, shapes, units, input_dtypes=dtypes)
+    if fitted.val is None and fitted.test is None and fitted.train is not None:
+        # The original may have learned these by heart; there is nothing else to pick and to judge with.
+        left, aside = set_aside(fitted.train, 0.2, seed)
+        fitted = replace(fitted, train=left, val=aside)
     picking = fitted.val or fitted.test
     if picking is None or (fitted.val is not None and fitted.test is not None):
         return fitted, False
-    picks, judges = halved(picking, seed)
+    picks, judges = set_aside(picking, 0.5, seed)
     return replace(fitted, val=picks, test=judges), True
 
 
 def _call(goals: Goals, out: str | Path, seed: int) -> str:
     asked = ", ".join(f"{key}={value!r}" for key, value in goals.to_dict().items() if value is not None)
     return f"dw.compress(model, train=..., goals=dw.Goals({asked}), out={str(out)!r}, seed={seed})"
-
-
-def _conclude(search: Search, facts: Mapping[str, Any]) -> Result:
-    """Judge the best trial on held-back data, publish its files and write the report."""
-    chosen = search.best() if search.trials else None
-    report = _frame(search, facts)
-    report["model"]["sha256"] = fingerprint(search.case.bench.original)
-    verdicts: list[Verdict] = []
-    if chosen is not None:
-        baseline, result, verification = _judge(search, chosen)
-        sure = _confidence(search, chosen)
-        upper = None if sure is None else sure.upper
-        verdicts = search.goals.judge(baseline, result, higher_is_better(search.case.metric), upper)
-        report["confidence"] = None if sure is None else sure.to_dict()
-        search.store.publish(chosen["id"])
-        result["file"] = "model.tflite"
-        folder = search.store.folder
-        if search.case.target.runtime == "micro":
-            result["micro"] = _sources(search, folder)
-        write_text(folder / "plan.yaml", Plan.from_dict(chosen["plan"]).to_yaml())
-        report |= {
-            "baseline": baseline, "result": result, "verification": verification, "plan": chosen["plan"],
-            "alternatives": search.alternatives(),
-            "layers": {"baseline": _rows(folder / search.trials[0]["file"]), "result": _rows(folder / "model.tflite")},
-        }  # fmt: skip
-        if not facts["interrupted"]:  # who stops a search does not want to wait
-            report["evidence"] = evidence(
-                folder / search.trials[0]["file"], folder / "model.tflite",
-                search.case.data.evaluation(), search.case.data.class_names,
-                twin=folder / "model.keras", metric=search.case.metric, threads=search.case.threads,
-            )  # fmt: skip
-    met = bool(verdicts) and all(verdict.met for verdict in verdicts)
-    report["verdicts"] = [verdict.to_dict() for verdict in verdicts]
-    report["met"] = met
-    report["status"] = "interrupted" if facts["interrupted"] else ("met" if met else "not met")
-    write_report(report, search.store.folder)
-    file = search.store.folder / "model.tflite" if chosen is not None else None
-    return Result(met=met, interrupted=facts["interrupted"], file=file, verdicts=tuple(verdicts), report=report)
-
-
-def _judge(search: Search, chosen: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any] | None]:
-    """Measure the original's and the chosen file once more: on test data, and side by side."""
-    split = search.case.data.test or search.case.data.val or search.case.data.train
-    pair = pair_of(split)
-    files = [search.store.folder / search.trials[0]["file"], search.store.folder / chosen["file"]]
-    timed = compare_latency(files, threads=search.case.threads)
-    judged = []
-    for trial, path, latency in zip((search.trials[0], chosen), files, timed, strict=True):
-        figures = figures_of(measure(path, pair, metric=search.case.metric, threads=search.case.threads))
-        figures["latency_ms"] = {"p50": latency.p50_ms, "p90": latency.p90_ms}
-        if trial is chosen:
-            figures["baseline_p50_ms"], figures["baseline_p90_ms"] = timed[0].p50_ms, timed[0].p90_ms
-        kept = {k: v for k, v in trial.items() if k != "plan"}
-        judged.append({**kept, **figures, "validation_accuracy": trial["accuracy"]})
-    verification = _verify(chosen, files[1], split)
-    if verification is not None:
-        judged[1]["verification"] = verification
-    return judged[0], judged[1], verification
-
-
-def _sources(search: Search, folder: Path) -> dict[str, Any]:
-    """Write the chosen model's sources for a microcontroller; return what was measured, or why there are none."""
-    from dwindle.loading import load
-    from dwindle.micro import export_micro
-
-    split = search.case.data.train or search.case.data.val or search.case.data.test
-    samples = None if split is None else list(split.take(256).x)
-    try:
-        made = export_micro(load(folder / "model.keras"), folder / "micro", data=samples, decode=True)
-    except DwindleError as error:
-        search.tell(Event(kind="note", text=f"no sources for the microcontroller: {error}"))
-        return {"reason": str(error)}
-    kept = ("size_bytes", "arena_bytes", "needed_bytes", "operators", "notes")
-    return {name: value for name, value in made.to_dict().items() if name in kept} | {"folder": "micro"}
-
-
-def _confidence(search: Search, chosen: Mapping[str, Any]) -> PairedDrop | None:
-    """Return how sure the loss of accuracy is, on the samples that judge; None for other metrics or without labels."""
-    split = search.case.data.test or search.case.data.val or search.case.data.train
-    if search.case.metric != "accuracy" or split is None or split.y is None:
-        return None
-    files = [search.store.folder / trial["file"] for trial in (search.trials[0], chosen)]
-    before, after = (LiteRTRunner(file).predict(list(split.x))[0] for file in files)
-    return paired_drop(before, after, np.asarray(split.y))
-
-
-def _verify(chosen: Mapping[str, Any], file: Path, split: Split | None) -> dict[str, Any] | None:
-    """Compare the chosen file with its trainable twin on the whole judging set, where the twin rounds alike."""
-    from dwindle.loading import load
-
-    static = resolve_scheme(chosen["plan"]["steps"][-1]["export"]["scheme"]).needs_data
-    if split is None or not static:
-        return chosen.get("verification")
-    twin = load(file.with_name("model.keras"))
-    if not getattr(twin, "quantization", None):
-        return chosen.get("verification")
-    found = LiteRTRunner(file).predict(list(split.x))
-    expected = predict(twin, list(split.x))
-    result = compare(
-        expected, found, BOUNDS["static"], reference="the model in quantized training",
-        quanta=output_quanta(file.read_bytes()),
-    )  # fmt: skip
-    return result.to_dict()
-
-
-def _rows(path: Path) -> list[dict[str, Any]]:
-    return [row.to_dict() for row in inspect_file(path).rows]
-
-
-def _frame(search: Search, facts: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the parts of the report that do not depend on what was chosen."""
-    model, data, goals, metric = search.case.bench.original, search.case.data, search.goals, search.case.metric
-
-    def described(tensors: Any) -> list[dict[str, Any]]:
-        return [
-            {"name": t.name, "shape": [1, *t.shape[1:]], "dtype": keras.backend.standardize_dtype(t.dtype)}
-            for t in tensors
-        ]
-
-    counts = {f"{name}_samples": len(part) if part is not None else 0
-              for name, part in (("train", data.train), ("validation", data.val), ("test", data.test))}  # fmt: skip
-    return {
-        "version": 1,
-        "dwindle": dwindle.__version__,
-        "created": datetime.now(UTC).isoformat(timespec="seconds"),
-        "command": facts["command"],
-        "seed": facts["seed"],
-        "seconds": facts["seconds"],
-        "model": {
-            "name": model.name, "source": facts["source"], "parameters": int(model.count_params()),
-            "inputs": described(model.inputs), "outputs": described(model.outputs),
-        },
-        "target": {"name": search.case.target.name, "runtime": search.case.target.runtime},
-        "data": {"source": data.source, "sha256": data.sha256, "class_names": data.class_names, **counts},
-        "metric": {
-            "name": metric if isinstance(metric, str) else getattr(metric, "name", "metric"),
-            "higher_is_better": higher_is_better(metric),
-            "judged_on": _judged_on(data, facts["held_back"]),
-        },
-        "goals": {
-            "max_drop": goals.max_drop, "max_relative_drop": goals.max_relative_drop, "max_size_bytes": goals.max_size,
-            "max_packed_bytes": goals.max_packed, "max_latency_ms": goals.max_latency_ms,
-            "max_latency_factor": goals.max_latency_factor, "latency": goals.latency, "max_ram_bytes": goals.max_ram,
-            "minimize": goals.minimized,
-        },
-        "baseline": search.trials[0] if search.trials else None,
-        "result": None,
-        "trials": [{k: v for k, v in trial.items() if k != "plan"} for trial in search.trials],
-        "environment": {**environment(), "threads": str(facts["threads"])},
-    }  # fmt: skip
-
-
-def _judged_on(data: Data, held_back: bool) -> str:
-    if held_back:
-        return "held-back"
-    return "test" if data.test else "validation" if data.val else "train"

@@ -51,7 +51,7 @@ class Screen:
         return found or None
 
     def _measured(self, recipe: Recipe) -> dict[str, Any]:
-        steps = [pair for pair in recipe.plan((), 0).steps if pair[0] in ("shrink", "factorize")]
+        steps = [pair for pair in recipe.plan((), 0).steps if pair[0] in ("shrink", "prune", "factorize")]
         split = self.case.calibration
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / FILE

@@ -30,6 +30,8 @@ from dwindle.shrinking import shrink
 BATCH_SIZE = 64
 # A schedule of pruning ends here, so that the rest of the training repairs what was removed.
 PRUNING_SHARE = 0.6
+# Criteria of channels that look at gradients, and at how many samples.
+GRADIENT_CRITERIA, SAMPLES = ("taylor", "fisher"), 512
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,14 +115,30 @@ def _prune(
 ) -> keras.Model:
     structure = options["structure"]
     structure = tuple(structure) if isinstance(structure, list) else structure
-    if structure in ("channel", "depth"):  # what is cut is gone at once
+    if structure == "depth":  # what is cut is gone at once
         return prune(model, options["sparsity"], structure=structure)
+    if structure == "channel":
+        data = _labelled(bench) if options["criterion"] in GRADIENT_CRITERIA else None
+        return prune(
+            model, options["sparsity"], structure=structure, scope=options["scope"], criterion=options["criterion"],
+            target=options["target"], data=data, loss=None if data is None else bench.loss,
+        )  # fmt: skip
     schedule = None
     if training is not None:
         steps = training["epochs"] * _steps_per_epoch(_need(bench))
         end = max(1, round(steps * PRUNING_SHARE))
         schedule = PolynomialDecay(end=end, frequency=max(1, end // 10))
-    return prune(model, options["sparsity"], structure=structure, schedule=schedule)
+    return prune(
+        model, options["sparsity"], structure=structure, scope=options["scope"], criterion=options["criterion"],
+        schedule=schedule,
+    )  # fmt: skip
+
+
+def _labelled(bench: Workbench) -> dict[str, Any]:
+    """Return labelled samples for criteria that look at gradients."""
+    split = _need(bench).take(SAMPLES)
+    numbered = {f"x_train_{number}": array for number, array in enumerate(split.x)}
+    return ({"x_train": split.x[0]} if len(split.x) == 1 else numbered) | {"y_train": split.y}
 
 
 def _train(model: keras.Model, options: Mapping[str, Any], bench: Workbench) -> keras.Model:
