@@ -92,16 +92,6 @@ def test_an_unfinished_search_is_shown_as_it_is(unfinished):
     assert "this is the best so far" in rebuild_report(unfinished)[0].read_text()
 
 
-def test_a_folder_of_an_earlier_version_has_a_file_for_each_trial(unfinished):
-    trials = read_state(unfinished)["trials"]
-    (unfinished / store.DATABASE).unlink()
-    for trial in trials:
-        (unfinished / "trials" / trial["id"] / "trial.json").write_text(json.dumps({**trial, "plan": {}}))
-    (unfinished / "trials" / ".002.99").mkdir()
-    (unfinished / "trials" / ".002.99" / "trial.json").write_text("{}")
-    assert read_state(unfinished)["trials"] == trials
-
-
 def test_trials_made_after_the_report_are_shown(finished, tmp_path):
     folder = tmp_path / "resumed"
     shutil.copytree(finished, folder)

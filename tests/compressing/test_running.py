@@ -334,3 +334,24 @@ def test_samples_of_a_case():
     assert case.calibration is data.train
     assert case.judging is data.val
     assert pair(data.test) is None
+
+
+def test_what_tensorboard_gets(tmp_path):
+    import tensorflow as tf
+
+    from dwindle.compressing.tensorboard import TensorBoardLog
+
+    with TensorBoardLog(tmp_path / "logs") as watch:
+        watch(Event(kind="progress", text="", trial=4, facts={"epoch": 1, "epochs": 2, "loss": 0.5}))
+        watch(Event(kind="progress", text="", trial=4, facts={"epoch": 2, "epochs": 2, "loss": 0.25}))
+        figures = {"status": "done", "accuracy": 0.9, "size_bytes": 1000, "latency_ms": {"p50": 0.1}, "meets": True}
+        watch(Event(kind="end", text="", trial=4, facts=figures))
+    found = {}
+    for run in ("trial-004", "trials"):
+        (path,) = (tmp_path / "logs" / run).iterdir()
+        events = [tf.compat.v1.Event.FromString(row) for row in tf.data.TFRecordDataset(str(path)).as_numpy_iterator()]
+        assert events[0].file_version == "brain.Event:2"
+        found[run] = [(event.step, {v.tag: v.simple_value for v in event.summary.value}) for event in events[1:]]
+    assert found["trial-004"] == [(1, {"loss": 0.5}), (2, {"loss": 0.25})]
+    assert found["trials"][0][0] == 4
+    assert found["trials"][0][1] == pytest.approx({"metric": 0.9, "size_bytes": 1000, "latency_ms": 0.1, "meets": 1.0})

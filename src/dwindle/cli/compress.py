@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
+from collections.abc import Callable
 from typing import Any
 
 from dwindle.cli.common import (
@@ -59,6 +61,7 @@ def _options(sub: Any) -> None:
     sub.add_argument("--epochs", type=int, default=20, help="epochs of a student's training (default 20)")
     sub.add_argument("--plan", metavar="FILE", help="run the plan in this YAML file instead of the search")
     sub.add_argument("--budget", metavar="TIME", help="time for the search, such as 20m")
+    sub.add_argument("--tensorboard", metavar="DIR", help="write losses and figures for TensorBoard as well")
     sub.add_argument("--trials", type=int, default=40, help="about how many trials at most (default 40)")
     sub.add_argument("--workers", type=int, default=1, help="trials at a time, sharing the cores (default 1)")
     sub.add_argument("--engine", default="local", choices=ENGINES, help="where trials run: here, or on a Ray cluster")
@@ -94,8 +97,12 @@ def _compress(options: argparse.Namespace) -> int:
     if options.dry_run:
         return _dry_run(model, goals, data, device, plan, options)
     from dwindle.compressing import compress
+    from dwindle.compressing.tensorboard import TensorBoardLog
 
-    with display(options, goals) as watch:
+    with contextlib.ExitStack() as stack:
+        watch = stack.enter_context(display(options, goals))
+        if options.tensorboard:
+            watch = _both(watch, stack.enter_context(TensorBoardLog(options.tensorboard)))
         result = compress(
             model, goals=goals, out=options.out, data=data, target=device, metric=options.metric,
             epochs=options.epochs, seed=options.seed, threads=options.threads, plan=plan, budget=options.budget,
@@ -103,6 +110,14 @@ def _compress(options: argparse.Namespace) -> int:
             force=options.force, watch=watch, source=str(options.model), command=command_line(),
         )  # fmt: skip
     return show(result, options)
+
+
+def _both(one: Callable[[Any], None], other: Callable[[Any], None]) -> Callable[[Any], None]:
+    def watch(event: Any) -> None:
+        one(event)
+        other(event)
+
+    return watch
 
 
 def _dry_run(model: Any, goals: Any, data: Any, device: Any, plan: Any, options: argparse.Namespace) -> int:

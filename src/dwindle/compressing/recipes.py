@@ -20,8 +20,8 @@ class Recipe:
         width: Factor of the layers' widths, in (0, 1].
         depth: Share of the residual blocks that stays, in (0, 1].
         start: ``"teacher"``: the channels that matter most, with their weights; ``"random"``: new weights.
-        allotted: Which channels stay: ``"evenly"``, ``width`` of each layer's; ``"globally"``, those that matter most in
-            one ranking, until ``width`` squared of the parameters are left.
+        allotted: Which channels stay: ``"evenly"``, ``width`` of each layer's; ``"globally"``, those that matter most
+            in one ranking, until ``width`` squared of the parameters are left.
         energy: Share of the spectrum that low rank keeps; 1: no low rank.
         sparsity: Fraction of single weights set to 0; it makes packed files smaller.
         clusters: Values per tensor; 0: any. It makes packed files smaller.

@@ -44,7 +44,6 @@ def stamp(folder: str | Path) -> str:
     """Return text that changes when the state does."""
     folder = Path(folder)
     watched = [folder / "report.json", *(folder / f"{DATABASE}{end}" for end in ("", "-wal"))]
-    watched += sorted((folder / "trials").glob("*/trial.json"))
     return " ".join(f"{path}:{made}:{size}" for path in watched for made, size in _made(path))
 
 
@@ -71,29 +70,15 @@ def _report(path: Path) -> dict[str, Any] | None:
 
 
 def _trials(folder: Path) -> tuple[list[dict[str, Any]], int]:
-    """Return the records of finished trials, and when the last was written.
-
-    They are in a database; earlier versions wrote a ``trial.json`` for each.
-    """
-    if (folder / DATABASE).exists():
-        try:
-            found = read_trials(folder)
-        except ConfigError as error:
-            raise DataError(str(error)) from None
-        last = max((made for end in ("", "-wal") for made, _ in _made(folder / f"{DATABASE}{end}")), default=0)
-        return [_without_plan(trial) for trial in found], last
-    found, last = [], 0
-    for path in sorted((folder / "trials").glob("*/trial.json")):
-        if path.parent.name.startswith("."):
-            continue  # in progress
-        try:
-            trial = json.loads(path.read_text(encoding="utf8"))
-        except (OSError, ValueError):
-            continue  # removed or replaced at this moment
-        if isinstance(trial, dict):
-            found.append({"id": path.parent.name, **_without_plan(trial)})
-            last = max(last, *(made for made, _ in _made(path)))
-    return found, last
+    """Return the records of finished trials, and when the last was written."""
+    if not (folder / DATABASE).exists():
+        return [], 0
+    try:
+        found = read_trials(folder)
+    except ConfigError as error:
+        raise DataError(str(error)) from None
+    last = max((made for end in ("", "-wal") for made, _ in _made(folder / f"{DATABASE}{end}")), default=0)
+    return [_without_plan(trial) for trial in found], last
 
 
 def _without_plan(trial: Mapping[str, Any]) -> dict[str, Any]:
