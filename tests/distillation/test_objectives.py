@@ -10,6 +10,7 @@ import dwindle as dw
 from dwindle.distillation import (
     Annealed,
     AttentionMaps,
+    Contrast,
     Decoupled,
     Hints,
     Lesson,
@@ -159,8 +160,22 @@ def test_hints_resize_the_teachers_map():
     np.testing.assert_allclose(value(same), 2.0, rtol=1e-5)
 
 
+def test_contrast():
+    a, b = GENERATOR.normal(size=(5, 3, 2, 4)), GENERATOR.normal(size=(5, 6, 4))
+    pooled = [a.mean(axis=(1, 2)), b.mean(axis=1)]
+    s, t = (z / np.linalg.norm(z, axis=1, keepdims=True) for z in pooled)
+    expected = -np.log(softmax(s @ t.T / 0.2).diagonal())
+    tensors = [keras.ops.convert_to_tensor(z, "float32") for z in (a, b)]
+    np.testing.assert_allclose(value(Contrast(student="x", tau=0.2).distance(*tensors)), expected, rtol=1e-4)
+    flat = [keras.ops.convert_to_tensor(z, "float32") for z in pooled]
+    np.testing.assert_allclose(value(Contrast(student="x", tau=0.2).distance(*flat)), expected, rtol=1e-4)
+    same = Contrast(student="x").distance(*(keras.ops.ones((7, 4)) for _ in "ab"))
+    np.testing.assert_allclose(value(same), np.log(7), rtol=1e-5)
+
+
 @pytest.mark.parametrize("one", [SoftTargets(weight=2.0), Decoupled(others=3.0), Relations(student="a", angles=0.0),
-                                 Hints(student="a", teacher="b"), AttentionMaps(student="a", power=1.0)])  # fmt: skip
+                                 Hints(student="a", teacher="b"), AttentionMaps(student="a", power=1.0),
+                                 Contrast(student="a", tau=0.5)])  # fmt: skip
 def test_objectives_go_through_plain_data(one):
     assert resolve_objective(one.to_dict()) == one
 
@@ -325,6 +340,10 @@ def test_bad_input(arguments, message):
 def test_bad_settings():
     with pytest.raises(dw.ConfigError, match="`others` of Decoupled is -1"):
         Decoupled(others=-1.0)
+    with pytest.raises(dw.ConfigError, match="`tau` of Contrast is 0"):
+        Contrast(student="a", tau=0.0)
+    with pytest.raises(dw.ConfigError, match="`student` of Contrast is None"):
+        Contrast()
     with pytest.raises(dw.ConfigError, match="`steps` of Annealed is 0"):
         Annealed(steps=0)
     student = dense([A])

@@ -170,9 +170,9 @@ def _one_hot(lesson: Lesson) -> Any:
 
 
 def _table() -> dict[str, type[Objective]]:
-    from dwindle.distillation.features import AttentionMaps, Hints, Relations
+    from dwindle.distillation.features import AttentionMaps, Contrast, Hints, Relations
 
-    kinds: list[type[Objective]] = [SoftTargets, LogitError, Decoupled, Hints, AttentionMaps, Relations]
+    kinds: list[type[Objective]] = [SoftTargets, LogitError, Decoupled, Hints, AttentionMaps, Relations, Contrast]
     return {kind.kind: kind for kind in kinds}
 
 
