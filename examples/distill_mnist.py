@@ -19,7 +19,7 @@ OUT = Path(__file__).parent / "out"
 EPOCHS = 20
 TEACHER_EPOCHS = 60
 BATCH = 64
-MAX_DROP = 0.005
+MAX_DROP = 0.01
 
 
 def build(hidden: int) -> keras.Model:
@@ -58,7 +58,7 @@ def main() -> None:
     # and again, until it is good enough on the validation digits; if it is not after three rounds, the next one's turn.
     print(f"2. Students, until one is within {MAX_DROP:.1%} of the teacher")
     found = dw.distill_until(
-        [build(16), build(32), build(64)],
+        [build(32), build(64)],
         teacher,
         train=(x, y),
         validation=(data.val.x[0], data.val.y),

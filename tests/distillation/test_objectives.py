@@ -263,6 +263,39 @@ def test_outputs_of_different_meaning_in_one_model():
     assert fitted(coach, y=[Y, (p > 0.5).astype(float), X @ B]) == pytest.approx(sum(expected), rel=1e-3)
 
 
+@pytest.mark.parametrize(("loss", "task"), [
+    (keras.losses.BinaryCrossentropy(from_logits=True), "binary"), ("mse", "regression"), ("kld", "classes"), (None, "classes")])  # fmt: skip
+def test_the_loss_says_what_linear_outputs_mean(loss, task, tmp_path):
+    coach = dw.distill(dense([A]), dense([B]), temperature=2.0, beta=1.0)
+    coach.compile(keras.optimizers.SGD(0.0), loss)
+    assert coach.tasks == (task,)
+    found = coach.fit(X, batch_size=8, verbose=0).history["loss"][0]
+    p, q = (1 / (1 + np.exp(-X @ z / 2)) for z in (B, A))
+    expected = {
+        "binary": 4 * kl(np.stack([p, 1 - p], -1), np.stack([q, 1 - q], -1)).mean(),
+        "regression": ((X @ A - X @ B) ** 2).mean(),
+        "classes": 4 * kl(softmax(X @ B / 2), softmax(X @ A / 2)).mean(),
+    }
+    assert found == pytest.approx(expected[task], rel=1e-3)
+    coach.save(tmp_path / "coach.keras")
+    assert dw.load(tmp_path / "coach.keras").tasks == coach.tasks
+
+
+def test_losses_say_it_of_each_output_unless_it_is_known():
+    coach = dw.distill(dense([A, C, B], [None, None, "softmax"]), dense([B, B, B], [None, None, "softmax"]))
+    coach.compile("sgd", {"out0": "mse", "out1": keras.losses.BinaryCrossentropy(from_logits=True), "out2": "mse"})
+    assert coach.tasks == ("regression", "binary", "classes")
+    coach.compile("sgd", ["categorical_crossentropy", "mse", None])
+    assert coach.tasks == ("classes", "regression", "classes")
+    given = dw.distill(dense([A]), dense([B]), task="classes")
+    given.compile("sgd", "mse")
+    assert given.tasks == ("classes",)
+    decoupled = dw.distill(dense([A]), dense([B]), objective="decoupled")
+    decoupled.compile("sgd", "mse")
+    with pytest.raises(dw.ConfigError, match="`objective` 'decoupled' is for classes, and an output is regression"):
+        decoupled.fit(X, X @ B, verbose=0)
+
+
 def test_losses_metrics_and_weights_of_named_outputs():
     coach = dw.distill(dense([A, C], names=["one", "two"]), dense([B, B], names=["p", "q"]), beta=0.0)
     loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -167,6 +167,21 @@ def _one_hot(lesson: Lesson) -> Any:
     elif len(labels.shape) == len(lesson.teacher.shape):
         labels = ops.argmax(labels, axis=-1) if labels.shape[-1] == classes else ops.squeeze(labels, axis=-1)
     return ops.one_hot(ops.cast(labels, "int32"), classes, dtype="float32")
+
+
+def check_tasks(objectives: Sequence[Objective], tasks: Sequence[str]) -> None:
+    """Raise unless every objective is for what the outputs mean.
+
+    Raises:
+        ConfigError: With the objective and the meaning.
+    """
+    for one in objectives:
+        for name in tasks:
+            if one.tasks and name not in one.tasks:
+                raise ConfigError(
+                    f"`objective` {one.kind!r} is for {' and '.join(one.tasks)}, and an output is {name}; use `soft` "
+                    "or `logits`, or say what the outputs mean with `task`"
+                )
 
 
 def _table() -> dict[str, type[Objective]]:
