@@ -88,11 +88,11 @@ def distill(
     objectives, looked_at = _objectives(objective), _features(features)
     teachers = [resolve_teacher(one, student) for one in (teacher if isinstance(teacher, list | tuple) else [teacher])]
     _check_teachers(student, teachers, looked_at)
+    ours = _known(student, teachers)
+    pairs = _pairs(ours, teachers, objectives, classes)
     taken = [tuple(tensor.shape) for tensor in getattr(student, "inputs", None) or ()]
     for one in teachers:
         one.check_inputs(taken, "`student` takes", resized=True)
-    ours = _known(student, teachers)
-    pairs = _pairs(ours, teachers, objectives, classes)
     losses = [getattr(model, "loss", None) for model in (student, *(one.model for one in teachers))]
     meant = [task_of(pair, losses if len(ours) == 1 else (), task) for pair in pairs]
     tasks = tuple(one for one, _ in meant)
