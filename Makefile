@@ -14,7 +14,7 @@ help:
 	@echo "make lint      ruff and mypy"
 	@echo "make slow      the long tests"
 	@echo "make examples  the examples"
-	@echo "make bench     the benchmarks that need no data; bench-applications and bench-quantization take an hour each"
+	@echo "make bench     the benchmarks that need no data; see the Makefile for the rest"
 	@echo "make docs      build the documentation into site/"
 
 $(READY): requirements.lock pyproject.toml

@@ -87,7 +87,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--data", required=True, help="mnist.npz of keras.datasets")
     parser.add_argument("--folder", help="where the teacher and finished rows are kept")
-    parser.add_argument("--teacher-epochs", type=int, default=100, help="default 100")
+    parser.add_argument("--teacher-epochs", type=int, default=60, help="default 60")
     parser.add_argument("--epochs", type=int, default=100, help="of a student (default 100)")
     parser.add_argument("--rows", nargs="*", choices=ROWS, default=list(ROWS), help="with none, the teacher alone")
     parser.add_argument("--seeds", type=int, default=1)
