@@ -85,6 +85,11 @@ def test_what_the_student_reaches_alone_is_told_and_thrown_away(teacher):
     assert found.alone == pytest.approx(accuracy(control), abs=0.02)  # other order of samples
 
 
+def test_no_student_is_trained_alone_once_another_is_good_enough(teacher):
+    found = until([network(8, 1), network(16, 1)], teacher, at_least=0.0, alone=True)
+    assert [(one.student, one.number) for one in found.rounds] == [(0, 0), (0, 1)]
+
+
 def test_an_interrupted_search_goes_on_where_it_was(teacher, tmp_path):
     class Interrupts(keras.callbacks.Callback):
         calls = 0

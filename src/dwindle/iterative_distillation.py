@@ -125,9 +125,7 @@ def distill_until(
     References:
         Hinton, Vinyals and Dean 2015, arXiv 1503.02531.
     """
-    students: list[Any] = list(student) if isinstance(student, list | tuple) else [student]
-    if not students:
-        raise ConfigError("`student` is empty; pass a keras.Model, or several, smallest first")
+    students = _students(student)
     if isinstance(rounds, bool) or not isinstance(rounds, int) or rounds < 1:
         raise ConfigError(f"`rounds` is {rounds!r}; it must be a whole number, 1 or more")
     requirement = Requirement(metric, max_drop, at_least)
@@ -156,18 +154,25 @@ def distill_until(
         return one
 
     for number, coach in enumerate(coaches):
+        if rounded.met():
+            break
         if alone and not rounded.has(number, 0):
             start = students[number].get_weights()
             one = trained(students[number], number, 0)
             students[number].set_weights(start)
             rounded.add(one, better=False)
         for count in range(1, rounds + 1):
-            if rounded.met():
-                break
-            if not rounded.has(number, count):
+            if not rounded.met() and not rounded.has(number, count):
                 one = trained(coach, number, count)
                 rounded.add(one, better=_first_or_better(rounded.of(number), one, requirement))
     return rounded.result(baseline, required, requirement)
+
+
+def _students(student: keras.Model | Sequence[keras.Model]) -> list[Any]:
+    students: list[Any] = list(student) if isinstance(student, list | tuple) else [student]
+    if not students:
+        raise ConfigError("`student` is empty; pass a keras.Model, or several, smallest first")
+    return students
 
 
 def _first_or_better(before: Sequence[Lessons], one: Lessons, requirement: Requirement) -> bool:

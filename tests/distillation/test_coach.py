@@ -8,7 +8,7 @@ import pytest
 from conftest import small_cnn
 
 import dwindle as dw
-from dwindle.distillation import Annealed, AttentionMaps, Hints, Relations
+from dwindle.distillation import Annealed, AttentionMaps, Contrast, Hints, Relations
 
 L = keras.layers
 # Where features alone teach, the layers behind them learn nothing, which Keras remarks on.
@@ -69,6 +69,23 @@ def test_attention_maps_and_relations_of_layers(few):
     found = coach.fit(x, batch_size=32, verbose=0).history["loss"][0]
     pairs = np.asarray(relations.distance(*(keras.ops.convert_to_tensor(m) for m in maps))).mean()
     assert found == pytest.approx(2 * ((flat[0] - flat[1]) ** 2).sum(1).mean() + pairs, rel=1e-4)
+
+
+@part
+def test_contrast_of_layers_through_a_learned_projection(few):
+    x = few[0][:32]
+    student, teacher = block(4, "student"), block(7, "teacher")
+    coach = dw.distill(student, teacher, alpha=0.0, features=Contrast(student="maps", weight=2.0))
+    kernel, bias = (np.asarray(v) for v in coach.projections[0].trainable_variables)
+    pooled = [maps_of(student, x).mean(axis=(1, 2)) @ kernel + bias, maps_of(teacher, x).mean(axis=(1, 2))]
+    s, t = (z / np.linalg.norm(z, axis=1, keepdims=True) for z in pooled)
+    alike = s @ t.T / 0.1
+    coach.compile(keras.optimizers.Adam(1e-2))
+    history = coach.fit(x, batch_size=32, epochs=30, verbose=0).history["loss"]
+    expected = 2 * (np.log(np.exp(alike).sum(axis=1)) - alike.diagonal()).mean()
+    assert history[0] == pytest.approx(expected, rel=1e-4)
+    assert history[-1] < history[0] - 0.3
+    assert not np.array_equal(kernel, coach.projections[0].kernel)
 
 
 @part

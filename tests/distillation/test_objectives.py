@@ -10,6 +10,7 @@ import dwindle as dw
 from dwindle.distillation import (
     Annealed,
     AttentionMaps,
+    Contrast,
     Decoupled,
     Hints,
     Lesson,
@@ -159,8 +160,22 @@ def test_hints_resize_the_teachers_map():
     np.testing.assert_allclose(value(same), 2.0, rtol=1e-5)
 
 
+def test_contrast():
+    a, b = GENERATOR.normal(size=(5, 3, 2, 4)), GENERATOR.normal(size=(5, 6, 4))
+    pooled = [a.mean(axis=(1, 2)), b.mean(axis=1)]
+    s, t = (z / np.linalg.norm(z, axis=1, keepdims=True) for z in pooled)
+    expected = -np.log(softmax(s @ t.T / 0.2).diagonal())
+    tensors = [keras.ops.convert_to_tensor(z, "float32") for z in (a, b)]
+    np.testing.assert_allclose(value(Contrast(student="x", tau=0.2).distance(*tensors)), expected, rtol=1e-4)
+    flat = [keras.ops.convert_to_tensor(z, "float32") for z in pooled]
+    np.testing.assert_allclose(value(Contrast(student="x", tau=0.2).distance(*flat)), expected, rtol=1e-4)
+    same = Contrast(student="x").distance(*(keras.ops.ones((7, 4)) for _ in "ab"))
+    np.testing.assert_allclose(value(same), np.log(7), rtol=1e-5)
+
+
 @pytest.mark.parametrize("one", [SoftTargets(weight=2.0), Decoupled(others=3.0), Relations(student="a", angles=0.0),
-                                 Hints(student="a", teacher="b"), AttentionMaps(student="a", power=1.0)])  # fmt: skip
+                                 Hints(student="a", teacher="b"), AttentionMaps(student="a", power=1.0),
+                                 Contrast(student="a", tau=0.5)])  # fmt: skip
 def test_objectives_go_through_plain_data(one):
     assert resolve_objective(one.to_dict()) == one
 
@@ -248,6 +263,39 @@ def test_outputs_of_different_meaning_in_one_model():
     assert fitted(coach, y=[Y, (p > 0.5).astype(float), X @ B]) == pytest.approx(sum(expected), rel=1e-3)
 
 
+@pytest.mark.parametrize(("loss", "task"), [
+    (keras.losses.BinaryCrossentropy(from_logits=True), "binary"), ("mse", "regression"), ("kld", "classes"), (None, "classes")])  # fmt: skip
+def test_the_loss_says_what_linear_outputs_mean(loss, task, tmp_path):
+    coach = dw.distill(dense([A]), dense([B]), temperature=2.0, beta=1.0)
+    coach.compile(keras.optimizers.SGD(0.0), loss)
+    assert coach.tasks == (task,)
+    found = coach.fit(X, batch_size=8, verbose=0).history["loss"][0]
+    p, q = (1 / (1 + np.exp(-X @ z / 2)) for z in (B, A))
+    expected = {
+        "binary": 4 * kl(np.stack([p, 1 - p], -1), np.stack([q, 1 - q], -1)).mean(),
+        "regression": ((X @ A - X @ B) ** 2).mean(),
+        "classes": 4 * kl(softmax(X @ B / 2), softmax(X @ A / 2)).mean(),
+    }
+    assert found == pytest.approx(expected[task], rel=1e-3)
+    coach.save(tmp_path / "coach.keras")
+    assert dw.load(tmp_path / "coach.keras").tasks == coach.tasks
+
+
+def test_losses_say_it_of_each_output_unless_it_is_known():
+    coach = dw.distill(dense([A, C, B], [None, None, "softmax"]), dense([B, B, B], [None, None, "softmax"]))
+    coach.compile("sgd", {"out0": "mse", "out1": keras.losses.BinaryCrossentropy(from_logits=True), "out2": "mse"})
+    assert coach.tasks == ("regression", "binary", "classes")
+    coach.compile("sgd", ["categorical_crossentropy", "mse", None])
+    assert coach.tasks == ("classes", "regression", "classes")
+    given = dw.distill(dense([A]), dense([B]), task="classes")
+    given.compile("sgd", "mse")
+    assert given.tasks == ("classes",)
+    decoupled = dw.distill(dense([A]), dense([B]), objective="decoupled")
+    decoupled.compile("sgd", "mse")
+    with pytest.raises(dw.ConfigError, match="`objective` 'decoupled' is for classes, and an output is regression"):
+        decoupled.fit(X, X @ B, verbose=0)
+
+
 def test_losses_metrics_and_weights_of_named_outputs():
     coach = dw.distill(dense([A, C], names=["one", "two"]), dense([B, B], names=["p", "q"]), beta=0.0)
     loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
@@ -325,6 +373,10 @@ def test_bad_input(arguments, message):
 def test_bad_settings():
     with pytest.raises(dw.ConfigError, match="`others` of Decoupled is -1"):
         Decoupled(others=-1.0)
+    with pytest.raises(dw.ConfigError, match="`tau` of Contrast is 0"):
+        Contrast(student="a", tau=0.0)
+    with pytest.raises(dw.ConfigError, match="`student` of Contrast is None"):
+        Contrast()
     with pytest.raises(dw.ConfigError, match="`steps` of Annealed is 0"):
         Annealed(steps=0)
     student = dense([A])

@@ -11,8 +11,8 @@ import numpy as np
 
 from dwindle.distillation.annealing import Annealed, resolve_temperature
 from dwindle.distillation.features import FeatureObjective, find_layer, watched, zeros_for
-from dwindle.distillation.objectives import Lesson, Objective, OutputObjective, resolve_objective
-from dwindle.distillation.outputs import logits
+from dwindle.distillation.objectives import Lesson, Objective, OutputObjective, check_tasks, resolve_objective
+from dwindle.distillation.outputs import logits, loss_of_each, task_of_loss
 from dwindle.distillation.recording import Recording
 from dwindle.distillation.teachers import Teacher, teacher_from_dict
 from dwindle.errors import ConfigError, DataError
@@ -31,6 +31,7 @@ class Settings:
         objectives: What is made of the outputs.
         features: What is made of layers.
         tasks: What each output means.
+        guessed: Whether that is a guess, which the loss that the coach is compiled with corrects.
         student_logits: Whether each output of the student is logits.
         teacher_logits: The same of each teacher.
         classes: The teacher's classes that are the student's, in the student's order; None: the same classes.
@@ -42,6 +43,7 @@ class Settings:
     objectives: tuple[Objective, ...]
     features: tuple[FeatureObjective, ...] = ()
     tasks: tuple[str, ...]
+    guessed: tuple[bool, ...] = ()
     student_logits: tuple[bool, ...]
     teacher_logits: tuple[tuple[bool, ...], ...]
     classes: tuple[int, ...] | None = None
@@ -63,8 +65,8 @@ class Settings:
             data[name] = tuple(resolve_objective(one) for one in data[name])
         data["temperature"] = resolve_temperature(data["temperature"])
         data["teacher_logits"] = tuple(tuple(one) for one in data["teacher_logits"])
-        for name in ("tasks", "student_logits", "classes"):
-            data[name] = None if data[name] is None else tuple(data[name])
+        for name in ("tasks", "guessed", "student_logits", "classes"):
+            data[name] = None if data.get(name) is None else tuple(data[name])
         return cls(**data)
 
 
@@ -171,6 +173,26 @@ class Coach(keras.Model):
         learned = [variable for model in self.teacher_models for variable in model.trainable_variables]
         return [*super().non_trainable_variables, *learned]
 
+    @property
+    def tasks(self) -> tuple[str, ...]:
+        """What each output means; where nothing else says it, the compiled loss does.
+
+        Raises:
+            ConfigError: If an objective is not for that.
+        """
+        settings = self.settings
+        if not any(settings.guessed):
+            return settings.tasks
+        losses = loss_of_each(getattr(self, "loss", None), self.output_names)
+        if len(losses) != len(settings.tasks):
+            return settings.tasks
+        found = tuple(
+            (task_of_loss(loss) or task) if guess else task
+            for loss, task, guess in zip(losses, settings.tasks, settings.guessed, strict=True)
+        )
+        check_tasks(settings.objectives, found)
+        return found
+
     def call(self, inputs: Any, training: bool | None = None) -> Any:
         """Return the student's prediction."""
         x = _resized(self.student, _parts(inputs)[0])
@@ -239,7 +261,7 @@ class Coach(keras.Model):
         ours = keras.tree.flatten(y_pred)
         labels = [None] * len(ours) if y is None else keras.tree.flatten(y)
         weights = _for_each(sample_weight, len(ours))
-        for place, (made, task) in enumerate(zip(ours, settings.tasks, strict=True)):
+        for place, (made, task) in enumerate(zip(ours, self.tasks, strict=True)):
             theirs = logits(told[place], task, settings.teacher_logits[number][place])
             if settings.classes is not None:
                 theirs = ops.take(theirs, np.array(settings.classes), axis=-1)

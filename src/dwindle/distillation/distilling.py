@@ -11,7 +11,7 @@ import keras
 from dwindle.distillation.annealing import Annealed, resolve_temperature
 from dwindle.distillation.coach import Coach, Settings
 from dwindle.distillation.features import FeatureObjective, Hints
-from dwindle.distillation.objectives import Objective, OutputObjective, resolve_objective
+from dwindle.distillation.objectives import Objective, OutputObjective, check_tasks, resolve_objective
 from dwindle.distillation.outputs import Output, outputs_of_model, task_of
 from dwindle.distillation.teachers import Teacher, resolve_teacher
 from dwindle.errors import ConfigError
@@ -53,8 +53,8 @@ def distill(
             empty list: only the features teach.
         beta: Weight of the teacher beside the full label loss, 0 or above; takes the place of ``alpha``.
         task: What the outputs mean: ``"classes"``, ``"binary"`` (each unit yes or no) or ``"regression"``. None: by the
-            last activation, else the compiled loss, else classes where a sample gives several units. Yes-or-no units
-            and quantities are compared as `SoftTargets` says.
+            last activation, else the loss that a model or the coach is compiled with, else classes where a sample gives
+            several units. Yes-or-no units and quantities are compared as `SoftTargets` says.
         from_logits: Whether all models give logits. None: found from their last activation; probabilities are
             turned back into logits, ``log p``, which differ from the true ones by a constant that softmax ignores.
         classes: Numbers of the teacher's classes that are the student's, where it knows more, in the student's order.
@@ -90,21 +90,20 @@ def distill(
     _check_teachers(student, teachers, looked_at)
     ours = _known(student, teachers)
     pairs = _pairs(ours, teachers, objectives, classes)
+    taken = [tuple(tensor.shape) for tensor in getattr(student, "inputs", None) or ()]
+    for one in teachers:
+        one.check_inputs(taken, "`student` takes", resized=True)
     losses = [getattr(model, "loss", None) for model in (student, *(one.model for one in teachers))]
-    tasks = tuple(task_of(pair, losses if len(ours) == 1 else (), task) for pair in pairs)
-    for one in objectives:
-        wrong = [name for name in tasks if one.tasks and name not in one.tasks]
-        if wrong:
-            raise ConfigError(
-                f"`objective` {one.kind!r} is for {' and '.join(one.tasks)}, and an output is {wrong[0]}; use `soft` "
-                "or `logits`, or say what the outputs mean with `task`"
-            )
+    meant = [task_of(pair, losses if len(ours) == 1 else (), task) for pair in pairs]
+    tasks = tuple(one for one, _ in meant)
+    check_tasks(objectives, tasks)
     return Coach(
         student, teachers,
         Settings(
             temperature=temperature, label_weight=1.0 if beta is not None else 1.0 - alpha,
             teacher_weight=(beta if beta is not None else alpha) if objectives else 0.0, objectives=objectives,
-            features=looked_at, tasks=tasks, classes=None if classes is None else tuple(int(one) for one in classes),
+            features=looked_at, tasks=tasks, guessed=tuple(not known for _, known in meant),
+            classes=None if classes is None else tuple(int(one) for one in classes),
             student_logits=tuple(one.gives_logits if from_logits is None else from_logits for one in ours),
             teacher_logits=tuple(
                 tuple(one.gives_logits if from_logits is None or one.recovered else from_logits for one in each.specs)

@@ -1,4 +1,4 @@
-"""What a student is told by the inside of a teacher: hints, attention maps, relations between samples."""
+"""What a student is told by the inside of a teacher: hints, attention maps, relations between samples, contrast."""
 
 from __future__ import annotations
 
@@ -165,6 +165,49 @@ class Relations(FeatureObjective):
             cosines = [ops.matmul(way, ops.transpose(way, (0, 2, 1))) for way in ways]
             found = found + self.angles * ops.mean(_huber(cosines[0] - cosines[1]), axis=(1, 2))
         return found
+
+
+@dataclass(frozen=True, kw_only=True)
+class Contrast(FeatureObjective):
+    """``-log(exp(s_i . t_i / tau) / sum_j exp(s_i . t_j / tau))``: a sample is to be told from the rest of its batch.
+
+    ``t`` is the teacher's features and ``s`` a learned linear map of the student's, both averaged over places and made
+    length 1. Axes and sizes may differ. A batch of ``n`` that can't be told apart costs ``log n``.
+
+    Attributes:
+        tau: Temperature of the comparison, above 0.
+
+    References:
+        van den Oord et al. 2018, arXiv 1807.03748, equation 4, between a student and a teacher as in Tian et al. 2020,
+        Contrastive Representation Distillation, arXiv 1910.10699; there with a memory of other samples, and a map of
+        the teacher's features too.
+    """
+
+    kind: ClassVar[str] = "contrast"
+    tau: float = 0.1
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.student is None:
+            raise ConfigError("`student` of Contrast is None; name the student's layer whose features are compared")
+        if self.tau == 0:
+            raise ConfigError("`tau` of Contrast is 0; it must be above 0, such as 0.1")
+
+    def projection(self, theirs: Sequence[int | None]) -> keras.layers.Layer:
+        """Return a linear map to the teacher's channels."""
+        return keras.layers.Dense(int(theirs[-1] or 0), dtype="float32", name="contrast")
+
+    def distance(self, ours: Any, theirs: Any) -> Any:
+        """Return the cross-entropy of finding the teacher's sample by the student's."""
+        ops = keras.ops
+        sides = []
+        for features in (ours, theirs):
+            pooled = (
+                ops.mean(features, axis=tuple(range(1, len(features.shape) - 1))) if features.ndim > 2 else features
+            )
+            sides.append(pooled / ops.sqrt(ops.maximum(ops.sum(pooled**2, axis=1, keepdims=True), 1e-12)))
+        alike = ops.matmul(sides[0], ops.transpose(sides[1])) / self.tau
+        return ops.logsumexp(alike, axis=1) - ops.diagonal(alike)
 
 
 def _huber(difference: Any) -> Any:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -169,10 +169,25 @@ def _one_hot(lesson: Lesson) -> Any:
     return ops.one_hot(ops.cast(labels, "int32"), classes, dtype="float32")
 
 
-def _table() -> dict[str, type[Objective]]:
-    from dwindle.distillation.features import AttentionMaps, Hints, Relations
+def check_tasks(objectives: Sequence[Objective], tasks: Sequence[str]) -> None:
+    """Raise unless every objective is for what the outputs mean.
 
-    kinds: list[type[Objective]] = [SoftTargets, LogitError, Decoupled, Hints, AttentionMaps, Relations]
+    Raises:
+        ConfigError: With the objective and the meaning.
+    """
+    for one in objectives:
+        for name in tasks:
+            if one.tasks and name not in one.tasks:
+                raise ConfigError(
+                    f"`objective` {one.kind!r} is for {' and '.join(one.tasks)}, and an output is {name}; use `soft` "
+                    "or `logits`, or say what the outputs mean with `task`"
+                )
+
+
+def _table() -> dict[str, type[Objective]]:
+    from dwindle.distillation.features import AttentionMaps, Contrast, Hints, Relations
+
+    kinds: list[type[Objective]] = [SoftTargets, LogitError, Decoupled, Hints, AttentionMaps, Relations, Contrast]
     return {kind.kind: kind for kind in kinds}
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -83,34 +83,55 @@ def _endings(model: keras.Model) -> list[str]:
     return [ending(ref) for ref in output_refs(config)]
 
 
-def task_of(outputs: Sequence[Output], losses: Sequence[Any], task: str | None) -> str:
-    """Return what an output means: given, or by what the student's and the teachers' end in, or were compiled with.
+def task_of(outputs: Sequence[Output], losses: Sequence[Any], task: str | None) -> tuple[str, bool]:
+    """Return what an output means, and whether that is known: given, or by what models end in or were compiled with.
 
     Args:
         outputs: The student's, and those of each teacher that stand opposite of it.
         losses: Losses that the models were compiled with; None where they were not.
         task: One of `TASKS`, or None.
 
+    Returns:
+        One of `TASKS`; and False where it is a guess by the shape alone, which a loss may correct later.
+
     Raises:
         ConfigError: If ``task`` is not known.
     """
     if task is not None:
         check_choice("task", task, TASKS)
-        return task
+        return task, True
     endings = {output.activation for output in outputs}
     if "softmax" in endings:
-        return "classes"
+        return "classes", True
     if "sigmoid" in endings:
-        return "binary"
-    names = " ".join(str(getattr(loss, "name", getattr(loss, "__name__", loss))).lower() for loss in losses if loss)
-    if "binary" in names:
-        return "binary"
-    if "categorical" in names:
-        return "classes"
-    if endings & set(_BOUNDED) or any(word in names for word in _QUANTITIES):
-        return "regression"
+        return "binary", True
+    meant = {task_of_loss(loss) for loss in losses}
+    for one in ("binary", "classes"):
+        if one in meant:
+            return one, True
+    if endings & set(_BOUNDED) or "regression" in meant:
+        return "regression", True
     shape = outputs[0].shape
-    return "classes" if len(shape) == 2 and shape[-1] != 1 else "regression"
+    return ("classes" if len(shape) == 2 and shape[-1] != 1 else "regression"), False
+
+
+def task_of_loss(loss: Any) -> str | None:
+    """Return what a loss takes an output for, one of `TASKS`, by its name; None where that says nothing."""
+    name = str(getattr(loss, "name", None) or getattr(loss, "__name__", None) or loss or "").lower()
+    if "binary" in name:
+        return "binary"
+    if "categorical" in name:
+        return "classes"
+    return "regression" if any(word in name for word in _QUANTITIES) else None
+
+
+def loss_of_each(loss: Any, names: Sequence[str]) -> list[Any]:
+    """Return the loss of each output, as ``compile`` takes them: one for all, a list, or a dict by name."""
+    if isinstance(loss, Mapping):
+        return [loss.get(name) for name in names]
+    if isinstance(loss, list | tuple):
+        return list(loss) if len(loss) == len(names) else [None] * len(names)
+    return [loss] * len(names)
 
 
 def logits(values: Any, task: str, are_logits: bool) -> Any:

@@ -148,6 +148,7 @@ def record(
     source = resolve_teacher(teacher, x=rows(arrays, 0, 2))
     if isinstance(source, Recording):
         raise ConfigError("`teacher` is a recording itself; pass what was recorded")
+    source.check_inputs([(None, *array.shape[1:]) for array in flat], "`x` has samples of")
     first = source.run(rows(arrays, 0, min(batch_size, len(flat[0]))))
     said = hashlib.sha256(source.fingerprint().encode("utf8"))
     if not source.model:  # a function may say something else under the same name

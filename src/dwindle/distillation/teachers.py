@@ -25,11 +25,34 @@ class Teacher:
         specs: Its outputs, in the order of ``keras.tree.flatten``.
         model: The Keras model, where it is one.
         traceable: Whether it can be compiled along with the training step.
+        takes: Shape of each input with the batch axis, None where a size is free; empty where that is not known.
     """
 
     specs: list[Output]
     model: keras.Model | None = None
     traceable: bool = True
+    takes: Sequence[tuple[int | None, ...]] = ()
+
+    def check_inputs(self, shapes: Sequence[tuple[int | None, ...]], who: str, *, resized: bool = False) -> None:
+        """Raise if samples of these shapes (batch axis included) can't be given to it.
+
+        Args:
+            shapes: Of each input; empty where they are not known.
+            who: What has these shapes, such as "`student` takes".
+            resized: Whether a single image is brought to each model's height and width.
+
+        Raises:
+            ConfigError: With both shapes.
+        """
+        sizes = resized and len(shapes) == 1 and len(shapes[0]) == 4
+        compared = [(None, None, None, shapes[0][3])] if sizes else shapes
+        fits = len(compared) == len(self.takes) and all(map(_fits, compared, self.takes))
+        if shapes and self.takes and not fits:
+            given = [", ".join(str(tuple(shape)) for shape in side) for side in (shapes, self.takes)]
+            raise ConfigError(
+                f"{who} {given[0]} and `teacher` takes {given[1]}; it sees the same samples, so they must have the "
+                "shape that it takes"
+            )
 
     def tell(self, x: Any) -> list[Any]:
         """Return the outputs for a batch of tensors, inside of a training step."""
@@ -89,6 +112,7 @@ class ModelTeacher(Teacher):
                     )
         self.model = model
         self.specs = outputs_of_model(model)
+        self.takes = [tuple(tensor.shape) for tensor in getattr(model, "inputs", None) or ()]
 
     def tell(self, x: Any) -> list[Any]:
         """Return what the model predicts, as at inference."""
@@ -178,6 +202,7 @@ class FileTeacher(FunctionTeacher):
 
         self.path = Path(path)
         self._runner = LiteRTRunner(self.path)
+        self.takes = [(None, *(None if size < 0 else size for size in spec.shape[1:])) for spec in self._runner.inputs]
         endings = _file_endings(self.path)
         self._steps = [step for _, step in endings]
         self.specs = [
@@ -314,6 +339,12 @@ def teacher_from_dict(data: dict[str, Any] | None, models: list[keras.Model]) ->
         return FileTeacher(data["path"]) if sha256_of(data["path"]) == data["sha256"] else None
     except (OSError, ConfigError, DataError):
         return None
+
+
+def _fits(shape: Sequence[int | None], wanted: Sequence[int | None]) -> bool:
+    """Whether a sample fits; Keras adds or takes away a last axis of one."""
+    shape, wanted = (tuple(one[1:-1] if len(one) > 1 and one[-1] == 1 else one[1:]) for one in (shape, wanted))
+    return len(shape) == len(wanted) and all(None in (a, b) or a == b for a, b in zip(shape, wanted, strict=True))
 
 
 def _looks_like(value: np.ndarray) -> str:

@@ -10,6 +10,7 @@ import keras
 import numpy as np
 
 from dwindle.attaching import attach, attached
+from dwindle.data import Split
 from dwindle.errors import ConfigError, DataError, check_choice
 from dwindle.lifting.flatbuffer import read_graph
 from dwindle.lifting.lifted import LiftedModel, build_lifted
@@ -104,8 +105,8 @@ def quantize(
     check_choice("calibration", calibration, METHODS)
     if chosen.is_float:
         raise ConfigError(f"`scheme` is `{chosen.name}`, which has no integers to train for; use `int8`")
-    for argument, value, accepted in (("clipping", clipping, CLIPPINGS), ("rounding", rounding, ROUNDINGS)):
-        check_choice(argument, value, accepted)
+    check_choice("clipping", clipping, CLIPPINGS)
+    check_choice("rounding", rounding, ROUNDINGS)
     if budget is not None and max_drop is not None:
         raise ConfigError("`budget` and `max_drop` both choose the layers' bits; pass one of them")
     content = unshared(float_file(model))
@@ -119,8 +120,7 @@ def quantize(
     if budget is not None:
         chosen = within_budget(content, chosen, found, samples, budget, progress=progress)
     if max_drop is not None:
-        judged = judging_samples(data).take(JUDGED_SAMPLES)
-        judged = replace(judged, x=calibration_samples(input_shapes(model, content), judged, limit=JUDGED_SAMPLES))
+        judged = _judged(model, content, data)
         chosen = within_drop(content, chosen, found, samples, max_drop, judged=judged, progress=progress)
     original, bounds = content, {}
     choices = assign(read_graph(content), chosen)
@@ -152,6 +152,12 @@ def _looked_at(
     if data is None and not scheme.needs_data:
         raise DataError(f"`{looking[0]}` looks at `data`, which is None; pass a few hundred training samples")
     return calibration_samples(input_shapes(model, content), data)
+
+
+def _judged(model: keras.Model, content: bytes, data: Any) -> Split:
+    """Return the samples on which a loss is measured, in the form that the model takes."""
+    judged = judging_samples(data).take(JUDGED_SAMPLES)
+    return replace(judged, x=calibration_samples(input_shapes(model, content), judged, limit=JUDGED_SAMPLES))
 
 
 def simulate(
@@ -269,7 +275,7 @@ def calibration_samples(
 
 
 def _arrays(data: Any) -> tuple[np.ndarray, ...]:
-    from dwindle.data import Data, Split, read_data
+    from dwindle.data import Data, read_data
 
     if isinstance(data, np.ndarray):
         return (data,)
