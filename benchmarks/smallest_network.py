@@ -36,11 +36,12 @@ def network(channels: list[int]) -> keras.Model:
 
 
 class Moved(keras.utils.PyDataset):
-    """Batches in random order, each image moved by up to two pixels both ways."""
+    """Batches in random order, each image moved by up to some pixels both ways."""
 
-    def __init__(self, x: np.ndarray, y: np.ndarray, seed: int) -> None:
+    def __init__(self, x: np.ndarray, y: np.ndarray, seed: int, pixels: int = 2) -> None:
         super().__init__()
-        padded = np.pad(x[..., 0], ((0, 0), (2, 2), (2, 2)))
+        self.places = 2 * pixels + 1
+        padded = np.pad(x[..., 0], ((0, 0), (pixels, pixels), (pixels, pixels)))
         self.windows = np.lib.stride_tricks.sliding_window_view(padded, (28, 28), axis=(1, 2))
         self.y, self.generator = y, np.random.default_rng(seed)
         self.on_epoch_end()
@@ -50,7 +51,7 @@ class Moved(keras.utils.PyDataset):
 
     def __getitem__(self, index: int) -> tuple[np.ndarray, np.ndarray]:
         rows = self.order[index * BATCH : (index + 1) * BATCH]
-        down, right = self.generator.integers(0, 5, (2, len(rows)))
+        down, right = self.generator.integers(0, self.places, (2, len(rows)))
         return self.windows[rows, down, right][..., None], self.y[rows]
 
     def on_epoch_end(self) -> None:

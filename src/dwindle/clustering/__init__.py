@@ -10,6 +10,7 @@ import keras
 import numpy as np
 
 from dwindle.attaching import attach, attached, weight_value
+from dwindle.clustering.biases import round_biases
 from dwindle.clustering.initial_values import INITS, check_init, initial_values, nearest, padded
 from dwindle.clustering.kmeans import kmeans
 from dwindle.clustering.report import Clustered, clusters_of
@@ -17,7 +18,7 @@ from dwindle.clustering.shared_values import GRADIENTS, ZERO_KINDS, SharedValues
 from dwindle.errors import ConfigError, UnsupportedModelError, check_choice
 from dwindle.weights import Slot, check_model, model_slots, select, walk_layers
 
-__all__ = ["INITS", "Clustered", "SharedValues", "cluster", "clusters_of", "kmeans"]
+__all__ = ["INITS", "Clustered", "SharedValues", "cluster", "clusters_of", "kmeans", "round_biases"]
 
 #: Share of zeros from which zero counts as put there on purpose.
 MANY_ZEROS = 0.01
