@@ -64,7 +64,7 @@ def main() -> None:
     loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
     for seed in options.seeds:
         keras.utils.set_random_seed(seed)
-        train = Flat(data["x_train"][..., None], data["y_train"], seed, pixels=1)
+        train = Flat(data["x_train"][..., None], data["y_train"], seed)
 
         def fit(model: keras.Model, epochs: int, rate: float, train: Flat = train) -> None:
             schedule = keras.optimizers.schedules.CosineDecay(rate, epochs * len(train))
