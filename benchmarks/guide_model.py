@@ -51,8 +51,8 @@ def main() -> None:
     """Print a Markdown row for each file and seed."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", required=True, help="mnist.npz of keras.datasets")
-    parser.add_argument("--epochs", type=int, default=20)
-    parser.add_argument("--quantized-epochs", type=int, default=15)
+    parser.add_argument("--epochs", type=int, default=15)
+    parser.add_argument("--quantized-epochs", type=int, default=8)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     options = parser.parse_args()
     with np.load(options.data) as arrays:
