@@ -80,6 +80,22 @@ bench-fashion: $(READY)
 bench-packing: $(READY)
 	$(BIN)/python benchmarks/packing.py
 
+.PHONY: bench-guide bench-micro bench-smallest-files bench-smallest-network
+
+bench-guide: $(READY)
+	$(BIN)/python benchmarks/guide_model.py --data $(MNIST)
+
+bench-micro: $(READY)
+	$(BIN)/python benchmarks/micro.py
+
+# LeNet-300-100, from the beginning; for LeNet-5 see docs/benchmarks.md.
+bench-smallest-files: $(READY)
+	$(BIN)/python benchmarks/pruning_mnist.py --data $(MNIST) --network mlp --out bench-out/pruned
+	$(BIN)/python benchmarks/smallest_files.py --data $(MNIST) --pruned bench-out/pruned
+
+bench-smallest-network: $(READY)
+	$(BIN)/python benchmarks/smallest_network.py --data $(MNIST)
+
 bench-pruning: $(READY)
 	$(BIN)/python benchmarks/pruning_mnist.py --data $(MNIST)
 
@@ -94,4 +110,4 @@ lock:
 	$(BIN)/uv pip compile pyproject.toml --extra micro --extra onnx --extra ray --extra dev --extra docs --universal --python-version 3.11 --prerelease if-necessary --generate-hashes --no-header --output-file requirements.lock
 
 clean:
-	rm -rf $(VENV) site demo-out dwindle-out .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) site demo-out dwindle-out bench-out .pytest_cache .mypy_cache .ruff_cache

@@ -4,9 +4,9 @@ python benchmarks/packing.py [--models DIR] [--seed N]
 
 LeNet-5 and a small MobileNet, trained for 3 epochs on the digits that dwindle ships, as float32, int8 and with 4-bit
 weights; the same pruned to 90% zeros and with 16 shared values in each kernel (neither trained any further: bytes are
-what counts here); and a layer of 4 million random weights. --models keeps the .tflite files, or takes them from there.
-Every packed file is restored and compared. zstd and brotli are left out where their packages (`zstandard`, `brotli`)
-are not installed. Tables are Markdown.
+what counts here); and a layer and a MobileNet of 4 million random weights. --models keeps the .tflite files, or takes
+them from there. Every packed file is restored and compared. zstd and brotli are left out where their packages
+(`zstandard`, `brotli`) are not installed. Tables are Markdown.
 """
 
 from __future__ import annotations
@@ -148,6 +148,24 @@ def write_large(folder: Path, seed: int) -> None:
         dw.export(model, folder / f"random layer, int8{treatment}.tflite", scheme="int8", data=samples)
 
 
+def write_application(folder: Path, seed: int) -> None:
+    """Write a MobileNet of 4.3 million random weights, whose channels differ in size; dense and with 80% zeros."""
+    import keras
+
+    import dwindle as dw
+
+    rng = np.random.default_rng(seed)
+    model = keras.applications.MobileNet(weights=None, input_shape=(64, 64, 3))
+    for zeros in (0.0, 0.8):
+        for variable in model.trainable_variables:
+            if len(variable.shape) > 1:
+                sizes = np.exp(0.3 * rng.normal(size=variable.shape[-1]))
+                kernel = 0.05 * sizes * rng.standard_t(5, size=variable.shape)
+                variable.assign(np.where(np.abs(kernel) >= np.quantile(np.abs(kernel), zeros), kernel, 0))
+        name = f"large MobileNet, int8{', 80% zeros' if zeros else ''}"
+        dw.export(model, folder / f"{name}.tflite", scheme="int8-dynamic", verify_samples=2)
+
+
 def seconds(call: Callable[[], object]) -> float:
     """Return the least CPU time of a few calls."""
     times = []
@@ -199,6 +217,7 @@ def main() -> None:
         if not list(place.glob("*.tflite")):
             write_models(place, options.seed)
             write_large(place, options.seed)
+            write_application(place, options.seed)
         report(sorted(place.glob("*.tflite")), folder)
 
 

@@ -2,14 +2,16 @@
 
 python benchmarks/smallest_files.py --data mnist.npz --pruned FOLDER [--network mlp] [--times 60] [--clusters 8 16]
 
-FOLDER holds what ``pruning_mnist.py --out FOLDER`` wrote. Each network is clustered, trained on with its zeros and its
-values held, exported to a ``.tflite`` of float32 weights, and packed. The error is that of the file on the 10,000 test
-images; the bytes are those of the ``.dwz`` that restores it, with its graph.
+FOLDER holds what ``pruning_mnist.py --out FOLDER`` wrote. Each network is clustered and trained on with its zeros and
+its values held; its biases are put on a grid; it is exported to a ``.tflite`` of float32 weights, which is stripped of
+names and packed. The error is that of the stripped file on the 10,000 test images; the bytes are those of the ``.dwz``
+that restores it, with its graph.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import os
 import tempfile
 from pathlib import Path
@@ -22,7 +24,9 @@ from pruning_mnist import Shifted
 
 import dwindle as dw
 from dwindle.attaching import attach
+from dwindle.clustering import round_biases
 from dwindle.measuring.litert import LiteRTRunner
+from dwindle.micro.stripping import strip
 from dwindle.weights import KeepZeros
 
 
@@ -30,6 +34,15 @@ def held(model: keras.Model) -> keras.Model:
     """Return the model with the zeros of its kernels held where they are."""
     kernels = {layer.name: layer.kernel.numpy() for layer in model.layers if hasattr(layer, "kernel")}
     return attach(model, {(name, "kernel"): [KeepZeros(mask=(value != 0))] for name, value in kernels.items()})
+
+
+def silenced(model: keras.Model) -> keras.Model:
+    """Return the model with biases of 0 in hidden units that no weight reads any more: it computes the same."""
+    plain = dw.finalize(model)
+    dense = [layer for layer in plain.layers if isinstance(layer, keras.layers.Dense)]
+    for layer, reader in itertools.pairwise(dense):
+        layer.bias.assign(layer.bias.numpy() * (reader.kernel.numpy() != 0).any(axis=1))
+    return plain
 
 
 def main() -> None:
@@ -42,6 +55,7 @@ def main() -> None:
     parser.add_argument("--clusters", type=int, nargs="+", default=[16, 8])
     parser.add_argument("--epochs", type=int, default=8)
     parser.add_argument("--entropy", type=float, default=0.0)
+    parser.add_argument("--bias-bits", type=int, default=5)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     options = parser.parse_args()
     with np.load(options.data) as arrays:
@@ -54,6 +68,7 @@ def main() -> None:
 
         def measured(model: keras.Model) -> tuple[float, int]:
             file = dw.export(model, Path(folder) / "m.tflite").path
+            file.write_bytes(strip(file.read_bytes()))
             packed = dw.pack(file, Path(folder) / "m.dwz")
             predicted = LiteRTRunner(file).predict([data["x_test"]])[0].argmax(1)
             return 100 * float((predicted != data["y_test"]).mean()), packed.packed_bytes
@@ -66,13 +81,13 @@ def main() -> None:
                 f"| {options.network} {options.times}x, seed {seed} | any | {before:.2f}% | {before:.2f}% | {plain:,} |"
             )
             for clusters in options.clusters:
-                shared = dw.cluster(held(pruned), clusters, entropy=options.entropy)
+                shared = dw.cluster(held(pruned), clusters, entropy=options.entropy, reassign=10)
                 train = Shifted(data["x_train"], data["y_train"], seed)
                 rate = keras.optimizers.schedules.CosineDecay(5e-4, options.epochs * len(train))
                 loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
                 shared.compile(keras.optimizers.Adam(rate), loss)
                 shared.fit(train, epochs=options.epochs, verbose=0)
-                after, size = measured(shared)
+                after, size = measured(round_biases(silenced(shared), options.bias_bits))
                 print(
                     f"| {options.network} {options.times}x, seed {seed} | {clusters} | {before:.2f}% | {after:.2f}% | "
                     f"{size:,} |", flush=True,

@@ -68,6 +68,15 @@ def test_the_twin_has_k_values_and_the_names_of_the_model(model):
         np.testing.assert_array_equal(old, variable.numpy())
 
 
+def test_small_weights_are_assigned_more_often():
+    inputs = keras.Input((64,))
+    model = keras.Model(inputs, L.Dense(8, name="small")(L.Dense(256, name="large")(inputs)))
+    found = attached(dw.cluster(model, CLUSTERS))
+    assert found["large", "kernel"][0].reassign == 100
+    assert found["small", "kernel"][0].reassign == 10
+    assert attached(dw.cluster(model, CLUSTERS, reassign=7))["large", "kernel"][0].reassign == 7
+
+
 @pytest.mark.parametrize("settings", [
     {}, {"per_channel": True}, {"block": (0, 4)}, {"gradient": "mean"}, {"reassign": 0}, {"entropy": 1e-5},
     {"temperature": 0.5}, {"init": [-0.3, -0.2, -0.1, 0, 0.05, 0.1, 0.2, 0.3]},

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Sequence
 from typing import Any
@@ -10,15 +11,17 @@ import keras
 import numpy as np
 
 from dwindle.attaching import attach, attached, weight_value
+from dwindle.clustering.biases import round_biases
 from dwindle.clustering.initial_values import INITS, check_init, initial_values, nearest, padded
 from dwindle.clustering.kmeans import kmeans
 from dwindle.clustering.report import Clustered, clusters_of
-from dwindle.clustering.shared_values import GRADIENTS, ZERO_KINDS, SharedValues
+from dwindle.clustering.shared_values import COMPILED_FROM, GRADIENTS, ZERO_KINDS, SharedValues
 from dwindle.errors import ConfigError, UnsupportedModelError, check_choice
 from dwindle.weights import Slot, check_model, model_slots, select, walk_layers
 
-__all__ = ["INITS", "Clustered", "SharedValues", "cluster", "clusters_of", "kmeans"]
+__all__ = ["INITS", "Clustered", "SharedValues", "cluster", "clusters_of", "kmeans", "round_biases"]
 
+_REASSIGN, _REASSIGN_SMALL = 100, 10
 #: Share of zeros from which zero counts as put there on purpose.
 MANY_ZEROS = 0.01
 
@@ -32,7 +35,7 @@ def cluster(
     *,
     block: tuple[int, int] | None = None,
     gradient: str = "sum",
-    reassign: int = 100,
+    reassign: int | None = None,
     entropy: float = 0.0,
     temperature: float = 0.0,
 ) -> keras.Model:
@@ -57,8 +60,9 @@ def cluster(
         block: Instead of ``per_channel``: ``(rows, columns)`` of the kernel, as a matrix of inputs by outputs, that
             share a table; 0 for all of them. ``(0, 8)``: groups of 8 output channels.
         gradient: ``"sum"`` of its weights' gradients for a value, which is the loss's own, or their ``"mean"``.
-        reassign: Training steps after which weights go to the value that is nearest by then. 0: assignments stay, and
-            values alone are trained, which is cheaper.
+        reassign: Training steps after which weights go to the value that is nearest by then. None: 10 for tensors below
+            16,384 weights, where many that move at once do harm and assigning costs little, else 100. 0: assignments
+            stay, and values alone are trained, which is cheaper.
         entropy: What training adds to the loss for each bit that an entropy coder would spend; 1e-7 to 1e-5 is usual.
         temperature: Above 0, training mixes all values, nearer ones more (DKM); 0.1 to 2 is usual. Memory grows with
             weights times ``clusters``.
@@ -92,8 +96,8 @@ def cluster(
     small = []
     for key, slot in _chosen(model, layers).items():
         shared = SharedValues(
-            clusters=clusters, tile=tile, outputs=slot.channel_axes, gradient=gradient, reassign=reassign,
-            entropy=entropy, temperature=temperature,
+            clusters=clusters, tile=tile, outputs=slot.channel_axes, gradient=gradient,
+            reassign=_steps(reassign, slot.shape), entropy=entropy, temperature=temperature,
         )  # fmt: skip
         weight = _entering(model, *key)
         groups = shared.tables(weight.shape).groups(weight)
@@ -149,6 +153,12 @@ def held(weight: np.ndarray, outputs: Sequence[int], *, most: int = 0) -> Shared
     return None
 
 
+def _steps(reassign: int | None, shape: Sequence[int]) -> int:
+    if reassign is not None:
+        return reassign
+    return _REASSIGN_SMALL if math.prod(shape) < COMPILED_FROM else _REASSIGN
+
+
 def _tile(per_channel: bool, block: Any) -> tuple[int, int]:
     if block is None:
         return (0, 1) if per_channel else (0, 0)
@@ -170,7 +180,7 @@ def _check(clusters: Any, init: Any, gradient: str, reassign: Any, entropy: floa
     if isinstance(init, np.ndarray) and len(init) != clusters:
         raise ConfigError(f"`init` has {len(init)} values and `clusters` is {clusters}; pass clusters={len(init)}")
     check_choice("gradient", gradient, GRADIENTS)
-    if isinstance(reassign, bool) or not isinstance(reassign, int) or reassign < 0:
+    if reassign is not None and (isinstance(reassign, bool) or not isinstance(reassign, int) or reassign < 0):
         raise ConfigError(f"`reassign` is {reassign!r}; it must be a number of steps, such as 100, or 0 for never")
     for name, value, usual in (("entropy", entropy, 1e-6), ("temperature", temperature, 0.5)):
         if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < float("inf"):

@@ -241,17 +241,23 @@ class SharedValues(Transform):
         edges = ops.concatenate([edges, ops.full((tables, size - self.clusters + 1), float("inf"))], axis=-1)
         edges, order = ops.reshape(edges, (-1,)), ops.reshape(order, (-1,))
         weight = ops.cast(weight, "float32")
-        first: Any = np.int32(0)
-        for part in self.tables(weight.shape).parts():
-            first = first + part
+        # Added one after the other: their sum would be a constant of the weight's size at each use.
+        parts = self.tables(weight.shape).parts() if tables > 1 else ()
+
+        def in_table(place: Any, width: int) -> Any:
+            for part in parts:
+                place = place + part * np.int32(width)
+            return place
+
         place, step = ops.zeros_like(ops.cast(weight, "int32")), size // 2
+        table_of = in_table(place, 1)
         while step:
-            passed = weight > ops.take(edges, place + (first * np.int32(size) + np.int32(step - 1)))
+            passed = weight > ops.take(edges, in_table(place, size) + np.int32(step - 1))
             place, step = place + ops.cast(passed, "int32") * step, step // 2
-        found = ops.cast(ops.take(order, place + first * np.int32(self.clusters)), "int32")
+        found = ops.cast(ops.take(order, in_table(place, self.clusters)), "int32")
         free = ops.convert_to_tensor(state["free"])
-        kept = ops.cast(ops.take(ops.argmin(free, axis=-1), ops.zeros_like(place) + first), "int32")
-        has_zero = ops.take(ops.min(free, axis=-1), ops.zeros_like(place) + first) < 0.5
+        kept = ops.cast(ops.take(ops.argmin(free, axis=-1), table_of), "int32")
+        has_zero = ops.take(ops.min(free, axis=-1), table_of) < 0.5
         found = ops.where(ops.logical_and(ops.equal(weight, 0), has_zero), kept, found)
         return ops.cast(found, np.dtype(self._number_type).name)
 

@@ -179,10 +179,16 @@ class Builder:
             if position == 0 and operation.index in self.grids.dynamic and operation.name != "GATHER":
                 from dwindle.quantization.fake_quantization import DynamicQuantize
 
-                # XNNPACK runs a convolution of 1x1 as a fully connected operator on each position.
-                axes = 3 if "CONV" in operation.name and not _is_pointwise(operation) else 1
+                # XNNPACK runs a convolution of 1x1 with 8-bit weights as a fully connected operator on each position,
+                # and leaves rows of narrow weights that do not end with a byte to LiteRT's own kernel.
+                kernel = operation.inputs[1]
+                grid = None if kernel is None else self.grids.weights.get(kernel.name)
+                bits = 8 if grid is None else grid.bits
+                convolution = "CONV" in operation.name
+                axes = 3 if convolution and not (bits == 8 and _is_pointwise(operation)) else 1
+                off_bytes = not convolution and kernel is not None and int(kernel.shape[-1]) * bits % 8 != 0
                 name = self._name(f"{short_name(tensor.name)}_rounded")
-                value = DynamicQuantize(axes=axes, name=name, dtype="float32")(value)
+                value = DynamicQuantize(axes=axes, symmetric=off_bytes, name=name, dtype="float32")(value)
             inputs.append(value)
         return inputs
 

@@ -56,8 +56,8 @@ class Packed:
 def pack(source: str | Path, out: str | Path, *, progress: Progress | None = None) -> Packed:
     """Pack a ``.tflite`` into a ``.dwz``, restore it, and compare the two before the packed file gets its name.
 
-    It does not change the model: `unpack` gives the same bytes. Time goes by what is compressed, not by size:
-    some 10 MB a second with a C compiler on the machine, 0.1 to 1 MB without; memory stays below 100 MB.
+    It does not change the model: `unpack` gives the same bytes. Time goes by what is compressed, not by size: 15 to
+    30 MB a second of a large file with a C compiler on the machine, 0.1 to 1 MB without; memory stays below 100 MB.
 
     Args:
         source: A ``.tflite`` file.

@@ -31,8 +31,15 @@ class Engine(Protocol):
     def bit(self, field: int, place: int, bit: int = 0) -> int:
         """Code a bit with a probability of its own."""
 
-    def tree(self, field: int, bits: int, value: int = 0) -> int:
-        """Code a number of a few bits, frequent ones shorter."""
+    def chain(self, field: int, shift: int, bits: int, values: np.ndarray) -> np.ndarray:
+        """Code numbers of a few bits, each with chances that depend on the one before.
+
+        Args:
+            field: Of the first; that of a later one is higher by the one before without its lowest bits.
+            shift: How many bits that is.
+            bits: Of each number.
+            values: The numbers, or as many others for a decoder.
+        """
 
     def plain(self, bits: int, value: int = 0) -> int:
         """Code bits as they are."""
@@ -104,9 +111,14 @@ class PythonEngine:
         """Code a bit with a probability of its own."""
         return self._numbers.bit(self._coder, field, place, bit)
 
-    def tree(self, field: int, bits: int, value: int = 0) -> int:
-        """Code a number of a few bits, frequent ones shorter."""
-        return self._numbers.tree(self._coder, field, bits, value)
+    def chain(self, field: int, shift: int, bits: int, values: np.ndarray) -> np.ndarray:
+        """Code numbers of a few bits, each with chances that depend on the one before."""
+        result = []
+        before = 0
+        for value in values.tolist():
+            before = self._numbers.tree(self._coder, field + (before >> shift), bits, value)
+            result.append(before)
+        return np.array(result, np.uint8)
 
     def plain(self, bits: int, value: int = 0) -> int:
         """Code bits as they are."""

@@ -7,6 +7,8 @@ import numpy as np
 from dwindle.packing.lanes import LEVEL_BITS, LEVELS, MOST_CLASSES, MOST_GROUPS, SCALE, Classes, frequencies
 
 _ROUNDS = 8
+# Where only one group in so many changes its class, the turns end.
+_FEW = 100
 # Twice the classes must save this much, or four times the classes.
 _WORTHWHILE, _IN_VAIN = 0.998, 1
 
@@ -14,6 +16,14 @@ _WORTHWHILE, _IN_VAIN = 0.998, 1
 def histograms(symbols: np.ndarray, groups: np.ndarray, count: int, size: int) -> np.ndarray:
     """Return how often each symbol is in each group, ``(groups, symbols)``."""
     return np.bincount(groups * size + symbols, minlength=count * size).reshape(count, size)
+
+
+def row_histograms(symbols: np.ndarray, row: int, size: int) -> np.ndarray:
+    """Return how often each symbol is in each row, ``(rows, symbols)``."""
+    count = -(-len(symbols) // row)
+    places = np.repeat(np.arange(0, count * size, size), row)[: len(symbols)]
+    places += symbols
+    return np.bincount(places, minlength=count * size).reshape(count, size)
 
 
 def levels_of(counts: np.ndarray) -> np.ndarray:
@@ -28,17 +38,16 @@ def levels_of(counts: np.ndarray) -> np.ndarray:
     return found
 
 
-def estimate(counts: np.ndarray, of_group: np.ndarray, levels: np.ndarray) -> float:
+def estimate(sums: np.ndarray, of_group: np.ndarray, levels: np.ndarray) -> float:
     """Return about how many bytes a plane takes: numbers, tables and classes.
 
     Args:
-        counts: Histograms of the groups.
-        of_group: Their classes.
+        sums: Histograms of the classes.
+        of_group: The classes of the groups.
         levels: Tables of the classes.
     """
     bits = 0.0
-    for number, table in enumerate(levels):
-        mine = counts[of_group == number].sum(axis=0)
+    for mine, table in zip(sums, levels, strict=True):
         used = mine > 0
         chances = frequencies(table)[used] / SCALE
         bits -= float((mine[used] * np.log2(chances)).sum())
@@ -71,13 +80,22 @@ def choose_classes(counts: np.ndarray) -> tuple[Classes, float]:
     groups = len(counts)
     everything = counts.sum(axis=0)
     best = Classes(np.zeros(groups, np.int64), levels_of(everything)[None])
-    least = estimate(counts, *best)
+    least = estimate(everything[None], *best)
     if groups == 1 or groups > MOST_GROUPS:
         return best, least
+    used = np.flatnonzero(everything)
+    shares = counts[:, used].astype(np.float32)
+    prior = (everything[used] / everything.sum() + 1e-4).astype(np.float32)[None]
+    chances = shares + np.float32(0.5)
+    chances /= chances.sum(axis=1, keepdims=True)
+    order = np.argsort(-(chances * np.log2(chances)).sum(axis=1), kind="stable")
     number, in_vain = 2, 0
     while number <= min(MOST_CLASSES, groups):
-        found = _classes(counts, everything, number)
-        size = estimate(counts, *found)
+        of_group = _assigned(shares, prior, order, number)
+        kept, of_group = np.unique(of_group, return_inverse=True)
+        sums = _sums(counts, of_group, len(kept))
+        found = Classes(of_group, np.stack([levels_of(each) for each in sums]))
+        size = estimate(sums, *found)
         if size < _WORTHWHILE * least:
             best, least, in_vain = found, size, 0
         else:
@@ -88,24 +106,18 @@ def choose_classes(counts: np.ndarray) -> tuple[Classes, float]:
     return best, least
 
 
-def _classes(counts: np.ndarray, everything: np.ndarray, number: int) -> Classes:
-    totals = np.maximum(counts.sum(axis=1), 1)
-    chances = (counts + 0.5) / (totals + 0.5 * counts.shape[1])[:, None]
-    order = np.argsort(-(chances * np.log2(chances)).sum(axis=1), kind="stable")
-    of_group = np.empty(len(counts), np.int64)
-    of_group[order] = np.arange(len(counts)) * number // len(counts)
-    prior = (everything / everything.sum() + 1e-4)[None]
-    shares = counts.astype(np.float32)
+def _assigned(shares: np.ndarray, prior: np.ndarray, order: np.ndarray, number: int) -> np.ndarray:
+    """Return classes of groups: begun in the order of their entropies, then in turns with the tables."""
+    of_group: np.ndarray = np.empty(len(shares), np.int64)
+    of_group[order] = np.arange(len(shares)) * number // len(shares)
     for _ in range(_ROUNDS):
-        table = _sums(shares, of_group, number) + prior
-        lengths = -np.log2(table / table.sum(axis=1, keepdims=True)).astype(np.float32)
-        found = (shares @ lengths.T).argmin(axis=1)
-        if (found == of_group).all():
-            break
+        table = (of_group == np.arange(number)[:, None]).astype(np.float32) @ shares + prior
+        lengths = -np.log2(table / table.sum(axis=1, keepdims=True))
+        found: np.ndarray = (shares @ lengths.T).argmin(axis=1)
+        if int((found != of_group).sum()) * _FEW <= len(found):
+            return found
         of_group = found
-    kept, of_group = np.unique(of_group, return_inverse=True)
-    sums = _sums(shares, of_group, len(kept))
-    return Classes(of_group, np.stack([levels_of(each) for each in sums]))
+    return of_group
 
 
 def _sums(counts: np.ndarray, of_group: np.ndarray, number: int) -> np.ndarray:

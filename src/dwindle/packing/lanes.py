@@ -90,22 +90,15 @@ def code_classes(engine: Engine, groups: int, symbols_bits: int, classes: int, g
     if classes > 1:
         if groups > MOST_GROUPS:
             raise DataError(f"classes of {groups} rows")
-        before = 0
-        for group in range(groups):
-            before = engine.tree(_CLASS_FIELD + before, 4, 0 if given is None else int(given.of_group[group]))
-            if before >= classes:
-                raise DataError(f"class {before} of {classes}")
-            of_group[group] = before
+        of_group = engine.chain(_CLASS_FIELD, 0, 4, of_group if given is None else given.of_group).astype(np.int64)
+        if int(of_group.max()) >= classes:
+            raise DataError(f"class {int(of_group.max())} of {classes}")
     levels = np.zeros((classes, 1 << symbols_bits), np.int64)
     for number in range(classes):
-        before = 0
-        for symbol in range(1 << symbols_bits):
-            before = engine.tree(
-                _LEVEL_FIELD + (before >> 2), LEVEL_BITS, 0 if given is None else int(given.levels[number, symbol])
-            )
-            if before >= len(LEVELS):
-                raise DataError(f"level {before} of {len(LEVELS)}")
-            levels[number, symbol] = before
+        wanted = levels[number] if given is None else given.levels[number]
+        levels[number] = engine.chain(_LEVEL_FIELD, 2, LEVEL_BITS, wanted)
+        if int(levels[number].max()) >= len(LEVELS):
+            raise DataError(f"level {int(levels[number].max())} of {len(LEVELS)}")
     return Classes(of_group, levels)
 
 

@@ -63,7 +63,7 @@ def _compiled() -> Path:
     with tempfile.TemporaryDirectory(dir=cache) as folder:
         made = Path(folder) / "engine.so"
         subprocess.run(
-            [compiler, "-std=c99", "-O2", "-fPIC", "-shared", "-o", str(made), str(_SOURCES / "engine.c")],
+            [compiler, "-std=c99", "-O3", "-fPIC", "-shared", "-o", str(made), str(_SOURCES / "engine.c")],
             check=True, capture_output=True, timeout=_SECONDS,
         )  # fmt: skip
         made.replace(path)
@@ -80,7 +80,7 @@ def _declared(found: ctypes.CDLL) -> ctypes.CDLL:
         ("engine_decode", None, [pointer, pointer, size]),
         ("engine_number", word, [pointer, word, word]),
         ("engine_bit", number, [pointer, word, word, number]),
-        ("engine_tree", word, [pointer, word, number, word]),
+        ("engine_chain", None, [pointer, word, word, number, pointer, word]),
         ("engine_plain", word, [pointer, number, word]),
         ("engine_structure", None, [pointer, ctypes.c_uint64, pointer, word]),
         ("engine_symbols", None, [pointer, pointer, pointer, *[word] * 6]),
@@ -142,9 +142,11 @@ class NativeEngine:
         """Code a bit with a probability of its own."""
         return int(self._call.engine_bit(self._at, field, place, bit))
 
-    def tree(self, field: int, bits: int, value: int = 0) -> int:
-        """Code a number of a few bits, frequent ones shorter."""
-        return int(self._call.engine_tree(self._at, field, bits, value))
+    def chain(self, field: int, shift: int, bits: int, values: np.ndarray) -> np.ndarray:
+        """Code numbers of a few bits, each with chances that depend on the one before."""
+        result = np.array(values, np.uint8)
+        self._call.engine_chain(self._at, field, shift, bits, result.ctypes.data, result.size)
+        return result
 
     def plain(self, bits: int, value: int = 0) -> int:
         """Code bits as they are."""

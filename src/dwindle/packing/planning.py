@@ -157,6 +157,8 @@ def _rows(numbers: np.ndarray, region: Region) -> Segment | None:
 
 def _distinct(numbers: np.ndarray) -> np.ndarray:
     """Return the distinct numbers in order, or more than 256 numbers if there are more."""
+    if numbers.dtype == np.uint8:
+        return np.flatnonzero(np.bincount(numbers, minlength=256)).astype(np.uint8)
     first = np.unique(numbers[:4096])
     return first if len(first) > _MOST_DISTINCT else np.unique(numbers)
 
@@ -164,10 +166,7 @@ def _distinct(numbers: np.ndarray) -> np.ndarray:
 def _plane(symbols: np.ndarray, depth: int, row: int, first: np.ndarray | None) -> tuple[Plane, float]:
     """Return how a plane is coded, and about how many bytes it takes."""
     count, size = len(symbols), 1 << depth
-    if first is None:
-        groups, number = np.arange(count) // row, -(-count // row)
-    else:
-        groups, number = first.astype(np.int64), 256
+    number = -(-count // row) if first is None else 256
     everything = np.bincount(symbols, minlength=size)
     adaptive = grouping.adaptive_estimate(everything)
     contexts = 3 if first is not None or adaptive > _NOISY * count * depth / 8 else 7
@@ -177,7 +176,12 @@ def _plane(symbols: np.ndarray, depth: int, row: int, first: np.ndarray | None) 
         # Later planes may depend on the first one, which the estimate does not know.
         return (Plane(RAW), float(count)) if adaptive >= stored and count > 64 else (mixed, adaptive)
     one_group = number > MOST_GROUPS
-    counts = everything[None] if one_group else grouping.histograms(symbols.astype(np.int64), groups, number, size)
+    if one_group:
+        counts = everything[None]
+    elif first is None:
+        counts = grouping.row_histograms(symbols, row, size)
+    else:
+        counts = grouping.histograms(symbols, first.astype(np.int64), number, size)
     classes, estimate = grouping.choose_classes(counts)
     if one_group:
         classes = classes._replace(of_group=np.zeros(number, np.int64))

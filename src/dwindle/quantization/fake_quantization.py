@@ -415,22 +415,30 @@ class FakeQuantize(keras.layers.Layer):
 class DynamicQuantize(keras.layers.Layer):
     """Round an activation to 8 bits as LiteRT does for dynamic schemes: on the range of each sample or row.
 
-    ``s = (max - min) / 255`` over the last ``axes`` axes, zero included, and the zero point that lies nearest.
+    ``s = (max - min) / 255`` over the last ``axes`` axes, zero included, and the zero point that lies nearest;
+    symmetric, ``s = max |x| / 127``.
 
     Args:
         axes: How many of the last axes share a range: 1 for a fully connected operator, 3 for a convolution.
+        symmetric: Whether there is no zero point: LiteRT's own kernel rounds so, where XNNPACK has none.
         name: The layer's name.
     """
 
-    def __init__(self, *, axes: int = 1, name: str | None = None, **kwargs: Any) -> None:
+    def __init__(self, *, axes: int = 1, symmetric: bool = False, name: str | None = None, **kwargs: Any) -> None:
         super().__init__(name=name, **kwargs)
         self.axes = axes
+        self.symmetric = symmetric
 
     def call(self, inputs: Any) -> Any:
         """Return the rounded tensor, of the same shape; its gradient is that of the identity."""
         ops = keras.ops
         values = ops.stop_gradient(ops.cast(inputs, "float32"))
         axes = tuple(range(len(values.shape) - self.axes, len(values.shape)))
+        if self.symmetric:
+            largest = ops.max(ops.abs(values), axis=axes, keepdims=True)
+            steps = ops.where(largest > 0, 127.0 / ops.maximum(largest, 1e-30), ops.ones_like(largest))
+            rounded = ops.clip(ops.round(values * steps), -127.0, 127.0) / steps
+            return inputs + ops.cast(rounded - values, inputs.dtype)
         low = ops.minimum(ops.min(values, axis=axes, keepdims=True), 0.0)
         high = ops.maximum(ops.max(values, axis=axes, keepdims=True), 0.0)
         steps = ops.where(high > low, 255.0 / ops.maximum(high - low, 1e-30), ops.ones_like(low))
@@ -445,5 +453,5 @@ class DynamicQuantize(keras.layers.Layer):
         return input_shape
 
     def get_config(self) -> dict[str, Any]:
-        """Return the number of axes."""
-        return {**super().get_config(), "axes": self.axes}
+        """Return the number of axes, and whether there is no zero point."""
+        return {**super().get_config(), "axes": self.axes, "symmetric": self.symmetric}

@@ -277,12 +277,12 @@ static uint32_t level(uint32_t i) { /* 0 1 2 3 4 5 6 7 8 10 12 14 16 20 ... 1638
     return i < 8 ? i : (4 + (i & 3u)) << ((i >> 2) - 1);
 }
 
-/* For each of 64 ranges of slots, the symbol that its first slot belongs to; and whether there is only one. */
+/* For each range of slots, the symbol that its first slot belongs to; and whether there is only one. */
 static void set_buckets(dwz_work *w, uint32_t number) {
     const uint16_t *below = w->below[number];
     uint32_t s = 0, bucket;
-    for (bucket = 0; bucket < 64; bucket++) {
-        while (below[s + 1] <= bucket << (SCALE_BITS - 6)) s++;
+    for (bucket = 0; bucket < 1u << DWZ_RANGE_BITS; bucket++) {
+        while (below[s + 1] <= bucket << (SCALE_BITS - DWZ_RANGE_BITS)) s++;
         w->first[number][bucket] = (uint8_t)s;
     }
     w->known[number] = below[s + 1] - below[s] == (int)SCALE;
@@ -337,7 +337,7 @@ static int read_states(dwz_work *w, uint32_t lanes, const uint8_t **at, const ui
 static int next_symbol(dwz_work *w, uint32_t class_, uint32_t lanes, uint32_t *lane, uint8_t *symbol,
                        const uint8_t **at, const uint8_t *end) {
     const uint16_t *below = w->below[class_];
-    uint32_t x = w->states[*lane], slot = x & (SCALE - 1), s = w->first[class_][slot >> (SCALE_BITS - 6)];
+    uint32_t x = w->states[*lane], slot = x & (SCALE - 1), s = w->first[class_][slot >> (SCALE_BITS - DWZ_RANGE_BITS)];
     if (w->known[class_]) { /* one symbol only: nobody's turn */
         *symbol = w->first[class_][0];
         return 1;

@@ -33,6 +33,12 @@ enum {
 #define DWZ_MOST_LANES 1024
 #define DWZ_MOST_GROUPS 4096
 #define DWZ_FIELDS 48
+/* Ranges of slots that a symbol is looked up in: more are faster, and take more memory. */
+#ifdef DWZ_ENCODER
+#define DWZ_RANGE_BITS 10
+#else
+#define DWZ_RANGE_BITS 6
+#endif
 
 /* Everything that the decoder keeps, below 90 KiB; the caller need not set anything. */
 typedef struct {
@@ -62,7 +68,7 @@ typedef struct {
     int32_t weights[257][3];
     uint8_t magnitudes[256];
     uint16_t below[16][257];
-    uint8_t first[16][64], known[16];
+    uint8_t first[16][1 << DWZ_RANGE_BITS], known[16];
     uint8_t classes[DWZ_MOST_GROUPS];
     uint32_t states[DWZ_MOST_LANES];
     /* a table of distinct numbers */

@@ -37,6 +37,12 @@ EXPORT uint32_t engine_tree(dwz_work *w, unsigned field, int bits, uint32_t valu
     return code_tree(w, field, bits, value);
 }
 
+EXPORT void engine_chain(dwz_work *w, unsigned field, unsigned shift, int bits, uint8_t *values, uint32_t count) {
+    uint32_t before = 0, i;
+    for (i = 0; i < count && !w->error && field + (before >> shift) < DWZ_FIELDS; i++)
+        values[i] = (uint8_t)(before = code_tree(w, field + (before >> shift), bits, values[i]));
+}
+
 EXPORT uint32_t engine_plain(dwz_work *w, int bits, uint32_t value) { return code_plain(w, bits, value); }
 
 EXPORT void engine_structure(dwz_work *w, uint64_t place, uint8_t *bytes, uint32_t count) {
@@ -69,14 +75,19 @@ static void set_tables(dwz_work *w, const uint16_t *below, uint32_t classes, uin
 EXPORT size_t engine_encode_lanes(dwz_work *w, const uint8_t *symbols, const uint8_t *classes, uint32_t count,
                                   const uint16_t *below, uint32_t number, uint32_t width, uint32_t lanes,
                                   uint8_t *sink, size_t size) {
-    uint32_t lane = 0, i, e;
+    uint32_t lane = 0, i, e, inverse[16][256]; /* 2^32 / frequency, rounded down */
     set_tables(w, below, number, width);
+    for (i = 0; i < number; i++)
+        for (e = 0; e + 1 < width; e++) {
+            uint32_t f = (uint32_t)(w->below[i][e + 1] - w->below[i][e]);
+            inverse[i][e] = f > 1 ? (uint32_t)(((uint64_t)1 << 32) / f) : 0xFFFFFFFFu;
+        }
     for (i = 0; i < lanes; i++) w->states[i] = LOWEST;
     for (e = 0; e < count; e++) lane += !w->known[classes[e]];
     lane %= lanes;
     for (e = count; e-- > 0;) {
         const uint16_t *table = w->below[classes[e]] + symbols[e];
-        uint32_t f = (uint32_t)(table[1] - table[0]), x;
+        uint32_t f = (uint32_t)(table[1] - table[0]), x, whole, rest;
         if (w->known[classes[e]]) continue;
         lane = (lane ? lane : lanes) - 1;
         x = w->states[lane];
@@ -85,7 +96,13 @@ EXPORT size_t engine_encode_lanes(dwz_work *w, const uint8_t *symbols, const uin
             sink[--size] = (uint8_t)x;
             x >>= 16;
         }
-        w->states[lane] = (x / f << SCALE_BITS) + x % f + table[0];
+        whole = (uint32_t)((uint64_t)x * inverse[classes[e]][symbols[e]] >> 32); /* at most 1 too small */
+        rest = x - whole * f;
+        if (rest >= f) {
+            rest -= f;
+            whole++;
+        }
+        w->states[lane] = (whole << SCALE_BITS) + rest + table[0];
     }
     for (i = lanes; i-- > 0;) put_number(sink + (size -= 4), w->states[i], 4);
     return size;
