@@ -196,7 +196,7 @@ def test_trials_in_other_processes_end_in_the_same_files(task, tmp_path, engine)
     if engine == "ray":
         pytest.importorskip("ray")
     events = []
-    options = {"trials": 6, "epochs": 2}
+    options = {"trials": 6, "epochs": 1}
     alone = quick(task, tmp_path / "alone", **options)
     beside = quick(task, tmp_path / "beside", workers=2, engine=engine, watch=events.append, **options)
     for one, two in zip(alone.report["trials"], beside.report["trials"], strict=True):

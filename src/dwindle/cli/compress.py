@@ -62,7 +62,7 @@ def _options(sub: Any) -> None:
     sub.add_argument("--plan", metavar="FILE", help="run the plan in this YAML file instead of the search")
     sub.add_argument("--budget", metavar="TIME", help="time for the search, such as 20m")
     sub.add_argument("--tensorboard", metavar="DIR", help="write losses and figures for TensorBoard as well")
-    sub.add_argument("--trials", type=int, default=40, help="about how many trials at most (default 40)")
+    sub.add_argument("--trials", type=int, default=40, help="how many trials at most (default 40)")
     sub.add_argument("--workers", type=int, default=1, help="trials at a time, sharing the cores (default 1)")
     sub.add_argument("--engine", default="local", choices=ENGINES, help="where trials run: here, or on a Ray cluster")
     source_options(sub)

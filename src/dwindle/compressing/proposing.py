@@ -63,7 +63,7 @@ class Proposer:
         schemes: Schemes of files that the target runs; None: all.
         screen: Gives the figures of a recipe's untrained file, None where there is none.
         epochs: Epochs of a whole training.
-        trials: About how many trials there are at most.
+        trials: How many trials there are at most, besides the original.
         seed: Seeds the optimizer.
 
     References:
@@ -99,7 +99,7 @@ class Proposer:
         coming = [Candidate(recipe=recipe) for recipe in self._first()]
         study = _Study(self._seed, deepens=self._deepens, schemes=self._choices(), packs=self._goals.needs_packed)
         best, idle = self._standing(), 0
-        while coming and len(self._others) + sum(len(c.records) for c in self._candidates) < self._trials:
+        while coming := coming[: self._left()]:
             records = yield [self._plan(candidate) for candidate in coming]
             for candidate, record in zip(coming, records, strict=True):
                 candidate.records.append(record)
@@ -112,6 +112,10 @@ class Proposer:
             if idle >= PATIENCE:
                 return
             coming = [*self._promoted(), *self._new(study)]
+
+    def _left(self) -> int:
+        """Return how many trials may still be made."""
+        return max(0, self._trials - len(self._others) - sum(len(candidate.records) for candidate in self._candidates))
 
     def untrained(self, without_samples: bool) -> list[Plan]:
         """Return the plans without training."""

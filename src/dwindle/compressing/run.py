@@ -89,7 +89,7 @@ def compress(
         plan: Run this plan alone instead of the search.
         budget: Time for the search: seconds, ``"20m"`` or ``"1h"``. No trial begins that would not end in it, as far as
             is known; what runs then is finished.
-        trials: About how many trials there are at most.
+        trials: How many trials there are at most, besides the original.
         workers: How many trials run at a time, each in a process with its share of the cores.
         engine: ``"local"``, or ``"ray"``: on a Ray cluster, that of ``RAY_ADDRESS`` or one on this machine.
         resume: Go on with the run in ``out``.

@@ -39,7 +39,7 @@ class Search:
         epochs: Epochs of a whole training.
         tell: Called with what happens.
         engine: Where trials run; None: in this process, one after the other.
-        most: About how many trials there are at most.
+        most: How many trials there are at most, besides the original.
         plan: The only plan to run, or None for the search.
         deadline: The `time.monotonic` after which no further trial begins; None: there is none.
         trials: Records of what was tried, the original first.
