@@ -83,6 +83,7 @@ class Proposer:
         self._deepens = any(not block.pinned for block in residual_blocks(model))
         self._candidates: list[Candidate] = []
         self._others: list[Record] = []
+        self._tops: dict[Recipe, float | None] = {}
 
     def batches(self, *, without_training: bool, without_samples: bool) -> Batches:
         """Yield plans that can be tried at the same time; their records are sent in, in the same order.
@@ -148,44 +149,48 @@ class Proposer:
         verdicts = self._goals.judge(self._baseline, {**record, "accuracy": None}, self._higher)
         return all(verdict.value <= verdict.limit * (1 + tolerance) for verdict in verdicts)
 
-    def _first(self) -> list[Recipe]:
-        """Return the first candidates: a ladder of widths below the widest that the goals allow."""
-        scheme = self._choices()[0]
-        top = self._widest(scheme)
-        if top is None:  # nothing is small enough: the ladder shows what there is instead
-            widths = [0.5, 0.25, 0.12, 0.06, NARROWEST]
-        else:
-            widths = [width for factor in (1, 0.7, 0.5, 0.35, 0.25) if (width := _round(top * factor)) >= NARROWEST]
-        found = [Recipe(width=width, scheme=scheme) for width in widths]
-        found += [Recipe(width=width, allotted="globally", scheme=scheme) for width in widths[:4:2]]
-        found += [Recipe(width=width, start="random", scheme=scheme) for width in widths[1:4:2]]
+    def _families(self) -> list[Recipe]:
+        """Return the kinds of candidates that a search begins with; each is tried in several widths."""
+        first, *fewer = self._choices()
+        found = [Recipe(scheme=first), Recipe(scheme=first, allotted="globally")]
+        found += [Recipe(scheme=scheme) for scheme in fewer]
+        found += [Recipe(scheme=first, start="random")]
         if self._deepens:
-            found += [Recipe(width=width, depth=0.67, scheme=scheme) for width in widths[:2]]
-        if "int4" in self._choices():
-            found += [Recipe(width=_round(width * 1.3), scheme="int4") for width in widths[1:4:2]]
+            found.append(Recipe(scheme=first, depth=0.67))
         if self._goals.needs_packed:
-            found += [Recipe(width=width, sparsity=0.7, clusters=16, scheme=scheme) for width in widths[:2]]
-        return [recipe for recipe in dict.fromkeys(found) if self._possible(recipe, at_least=top is not None)]
+            found.append(Recipe(scheme=first, sparsity=0.7, clusters=16))
+        return found
 
-    def _widest(self, scheme: str) -> float | None:
+    def _first(self) -> list[Recipe]:
+        """Return the first candidates: of each family the widest that the goals allow, and a narrower one."""
+        found: list[Recipe] = []
+        families = self._families()
+        for family in families:
+            self._tops[_kind(family)] = top = self._widest(family)
+            if top is not None:
+                found += [replace(family, width=_round(max(NARROWEST, top * factor))) for factor in (1, 0.6)]
+        if not found:  # nothing is small enough: a ladder shows what there is instead
+            found = [replace(families[0], width=width) for width in (0.5, 0.25, 0.12, 0.06, NARROWEST)]
+        return [recipe for recipe in dict.fromkeys(found) if self._screened(recipe) is not None]
+
+    def _screened(self, recipe: Recipe) -> Record | None:
+        """Return the figures of the untrained file; zeros and shared values do not change them."""
+        return self._screen(replace(recipe, sparsity=0.0, clusters=0))
+
+    def _widest(self, family: Recipe) -> float | None:
         """Return the largest width whose untrained file meets the goals on size, latency and RAM; None: no width."""
         steps = [_round(WIDEST * (NARROWEST / WIDEST) ** (number / 15)) for number in range(16)]
-        if self._fits(Recipe(width=steps[0], scheme=scheme)):
+        if self._fits(replace(family, width=steps[0])):
             return steps[0]
         low, high = 0, len(steps)  # steps[low] does not fit, steps[high] does; the last may not either
         while high - low > 1:
             middle = (low + high) // 2
-            low, high = (low, middle) if self._fits(Recipe(width=steps[middle], scheme=scheme)) else (middle, high)
+            low, high = (low, middle) if self._fits(replace(family, width=steps[middle])) else (middle, high)
         return steps[high] if high < len(steps) else None
 
     def _fits(self, recipe: Recipe) -> bool:
-        figures = self._screen(recipe)
+        figures = self._screened(recipe)
         return figures is not None and self._rest_met(figures, 0.05)
-
-    def _possible(self, recipe: Recipe, at_least: bool) -> bool:
-        """Whether there is such a file, and it meets the goals on size, latency and RAM where any does."""
-        figures = self._screen(replace(recipe, sparsity=0.0, clusters=0))
-        return figures is not None and (not at_least or self._rest_met(figures, 0.05))
 
     def _plan(self, candidate: Candidate) -> Plan:
         """Return the plan of a candidate's next training."""
@@ -239,13 +244,15 @@ class Proposer:
         return [first, *sorted(rest, key=lambda c: (self._loss(c.last), self._expected(c)))[:1]]
 
     def _new(self, study: _Study) -> list[Candidate]:
-        """Return new candidates: a neighbour of the best one, and what the optimizer asks for."""
+        """Return new candidates: those that losses so far point to, and what the optimizer asks for."""
         tried = {candidate.recipe for candidate in self._candidates}
         best, found = self._standing(), []
+        any_fits = any(top is not None for top in self._tops.values())
 
         def take(recipe: Recipe) -> bool:
-            figures = None if recipe in tried else self._screen(replace(recipe, sparsity=0.0, clusters=0))
-            if figures is None or not (self._rest_met(figures, 0.05) or best[0] > 0):
+            near = any(_kind(recipe) == _kind(one) and abs(recipe.width / one.width - 1) < 0.03 for one in tried)
+            figures = None if near else self._screened(recipe)
+            if figures is None or (any_fits and not self._rest_met(figures, 0.05)):
                 return False
             hopeful = {**figures, "accuracy": self._baseline.get("accuracy")}
             if not _better(self._key(hopeful), best) and self._goals.minimized != "packed":
@@ -254,18 +261,52 @@ class Proposer:
             found.append(Candidate(recipe=recipe))
             return True
 
-        alive = [c for c in self._candidates if c.alive]
-        if alive:
-            nearest = min(alive, key=lambda c: self._key(c.last))
-            factor = 0.85 if self._key(nearest.last)[0] == 0 else 1.18
-            take(replace(nearest.recipe, width=_round(min(WIDEST, max(NARROWEST, nearest.recipe.width * factor)))))
+        for recipe in self._aimed():
+            if len(found) < 2:
+                take(recipe)
         for _ in range(12):
-            if len(found) >= 2:
-                break
             asked = study.ask()
             if not take(asked):
                 study.tell(asked, None)
+            elif len(found) >= 2:
+                break
         return found
+
+    def _aimed(self) -> list[Recipe]:
+        """Return of each kind of candidate the width at which its loss is expected to be just allowed; cheapest first.
+
+        The loss of short trainings is taken for a power of the width, fitted to the widths that were tried.
+        """
+        kinds: dict[Recipe, list[Candidate]] = {}
+        for candidate in self._candidates:
+            if candidate.alive:
+                kinds.setdefault(_kind(candidate.recipe), []).append(candidate)
+        allowed, found = self._allowed(), []
+        for kind, members in kinds.items():
+            widths = np.log([candidate.recipe.width for candidate in members])
+            if len(set(widths)) < 2 or allowed is None:
+                nearest = min(members, key=lambda c: self._key(c.last))
+                found.append(
+                    replace(kind, width=nearest.recipe.width * (0.85 if self._key(nearest.last)[0] == 0 else 1.18))
+                )
+                continue
+            losses = np.log([max(self._loss(candidate.records[0]), allowed / 10) for candidate in members])
+            slope, start = np.polyfit(widths, losses, 1)
+            if slope < -0.1:
+                found.append(replace(kind, width=float(np.exp((np.log(allowed / self._repaired()) - start) / slope))))
+        tops = self._tops
+        bounded = [
+            replace(one, width=_round(min(max(one.width, NARROWEST), tops.get(_kind(one)) or WIDEST))) for one in found
+        ]
+        screened = [(figures, one) for one in bounded if (figures := self._screened(one)) is not None]
+        return [one for figures, one in sorted(screened, key=lambda pair: self._key({**pair[0], "accuracy": None}))]
+
+    def _allowed(self) -> float | None:
+        """Return the largest loss that the goals allow, at least a hair; None where they set no limit."""
+        limits = [] if self._goals.max_drop is None else [float(self._goals.max_drop)]
+        if self._goals.max_relative_drop is not None:
+            limits.append(float(self._goals.max_relative_drop) * abs(float(self._baseline["accuracy"] or 0.0)))
+        return max(1e-4, min(limits)) if limits else None
 
     def _value(self, candidate: Candidate) -> float | None:
         """Return what the optimizer minimizes: the goals' misses by expectation, then the cost, relative."""
@@ -329,6 +370,11 @@ class _Study:
         elif value is not None:
             params = {name: getattr(recipe, name) for name in self._space}
             self._study.add_trial(optuna.trial.create_trial(params=params, distributions=self._space, value=value))
+
+
+def _kind(recipe: Recipe) -> Recipe:
+    """Return a recipe without its width."""
+    return replace(recipe, width=1.0)
 
 
 def _round(width: float) -> float:
