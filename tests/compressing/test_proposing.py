@@ -53,6 +53,8 @@ def found_by(goals, schemes=("int8",), trials=60, seed=0, higher=True, landscape
         for plan in plans:
             options = dict(plan.steps)
             shrink, scheme = options.get("shrink", {"width": 1.0, "start": "teacher"}), plan.steps[-1][1]["scheme"]
+            if "prune" in options and options["prune"]["structure"] == "channel":
+                shrink = {"width": math.sqrt(1 - options["prune"]["sparsity"]), "start": "teacher"}
             epochs = sum(o["epochs"] for step, o in plan.steps if step == "train" and o["learning_rate"] > 2e-4)
             record = blank(len(records), plan, status="done", reason=None) | figures(shrink["width"], scheme)
             lost = landscape(shrink["width"], epochs, shrink["start"], scheme) if shrink["width"] < 1 else 0.0005
