@@ -15,6 +15,8 @@ from dwindle.seeding import seeded
 
 GOALS = Goals(max_drop="0.5%", max_size="45KB", max_latency="0.5x")
 EPOCHS = 8
+# Enough for a file well within the goals; more would take longer than one waits for a demo.
+TRIALS = 24
 
 
 def lenet5() -> keras.Model:
@@ -76,8 +78,8 @@ def run_demo(
     say(f"goals: at most 0.5 points less accuracy, at most 45 KB, at most half of the time; results in {out}")
     model = train_original(data, epochs=epochs or EPOCHS, seed=seed, tell=watch)
     return compress(
-        model, goals=GOALS, out=out, data=data, seed=seed, threads=threads, resume=resume, force=force, watch=watch,
-        source="LeNet-5, trained by the demo", command=command,
+        model, goals=GOALS, out=out, data=data, seed=seed, threads=threads, trials=TRIALS, resume=resume, force=force,
+        watch=watch, source="LeNet-5, trained by the demo", command=command,
     )  # fmt: skip
 
 
