@@ -186,7 +186,16 @@ class Proposer:
         while high - low > 1:
             middle = (low + high) // 2
             low, high = (low, middle) if self._fits(replace(family, width=steps[middle])) else (middle, high)
-        return steps[high] if high < len(steps) else None
+        if high == len(steps):
+            return None
+        fits, too_wide = steps[high], steps[high - 1]
+        for _ in range(2):  # a step is a fifth, and goals are to be used up
+            middle_width = _round((fits * too_wide) ** 0.5)
+            if self._fits(replace(family, width=middle_width)):
+                fits = middle_width
+            else:
+                too_wide = middle_width
+        return fits
 
     def _fits(self, recipe: Recipe) -> bool:
         figures = self._screened(recipe)
