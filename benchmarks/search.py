@@ -73,6 +73,7 @@ def main() -> None:
     parser.add_argument("--out", help="folder that stays")
     parser.add_argument("--budget", help="such as 20m")
     parser.add_argument("--epochs", type=int, default=20, help="of a whole training in the search (default 20)")
+    parser.add_argument("--original-epochs", type=int, help="of the original's training (default 15; residual 20)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--engine", default="local")
     parser.add_argument("--minimize", choices=("size", "latency"))
@@ -88,8 +89,11 @@ def main() -> None:
         folder = Path(options.out or temporary)
         folder.mkdir(parents=True, exist_ok=True)
         make, epochs = (residual, 20) if options.case == "residual" else (lenet5, 15)
-        model, took = trained(make, folder / f"{make.__name__}.keras", data, epochs)
-        print(f"original: {model.count_params():,} parameters, {epochs} epochs in {took:.0f} s", flush=True)
+        model, took = trained(make, folder / f"{make.__name__}.keras", data, options.original_epochs or epochs)
+        print(
+            f"original: {model.count_params():,} parameters, {options.original_epochs or epochs} epochs in {took:.0f} s",
+            flush=True,
+        )
         {"workers": workers}.get(options.case, one)(model, data, took, folder, options)
 
 
