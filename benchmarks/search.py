@@ -89,9 +89,10 @@ def main() -> None:
         folder = Path(options.out or temporary)
         folder.mkdir(parents=True, exist_ok=True)
         make, epochs = (residual, 20) if options.case == "residual" else (lenet5, 15)
-        model, took = trained(make, folder / f"{make.__name__}.keras", data, options.original_epochs or epochs)
+        epochs = options.original_epochs or epochs
+        model, took = trained(make, folder / f"{make.__name__}.keras", data, epochs)
         print(
-            f"original: {model.count_params():,} parameters, {options.original_epochs or epochs} epochs in {took:.0f} s",
+            f"original: {model.count_params():,} parameters, {epochs} epochs in {took:.0f} s",
             flush=True,
         )
         {"workers": workers}.get(options.case, one)(model, data, took, folder, options)

@@ -123,7 +123,7 @@ def main() -> None:
     parser.add_argument("--data", required=True, help="mnist.npz of keras.datasets")
     parser.add_argument("--channels", type=int, nargs=3, default=[8, 18, 32])
     parser.add_argument("--epochs", type=int, nargs=3, default=[30, 8, 12], help="trained, pruned, clustered")
-    parser.add_argument("--sparsity", type=float, default=0.35)
+    parser.add_argument("--sparsity", type=float, default=0.4)
     parser.add_argument("--clusters", type=int, default=8)
     parser.add_argument("--bias-bits", type=int, default=5)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
