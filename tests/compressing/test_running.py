@@ -207,6 +207,21 @@ def test_trials_in_other_processes_end_in_the_same_files(task, tmp_path, engine)
     assert not (tmp_path / "beside" / "shared").exists()
 
 
+def test_a_script_that_its_workers_can_not_import_is_told_so(task, tmp_path):
+    model, parts = task
+    model.save(tmp_path / "m.keras")
+    np.savez(tmp_path / "d.npz", **arrays(parts))
+    script = tmp_path / "script.py"
+    script.write_text(
+        "import dwindle as dw\n"
+        f"model = dw.load({str(tmp_path / 'm.keras')!r})\n"
+        f"dw.compress(model, data={str(tmp_path / 'd.npz')!r}, goals=dw.Goals(max_drop=0.5), workers=2, out={str(tmp_path / 'out')!r})\n"
+    )
+    done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert "under `if __name__ == '__main__':`" in done.stderr.splitlines()[-1]
+
+
 def test_what_another_process_can_not_read_is_said(task, tmp_path):
     model, parts = task
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import concurrent.futures
+import concurrent.futures.process
 import json
 import multiprocessing
 import os
@@ -122,7 +123,15 @@ class Processes:
             self._interruption.check()
             done, _ = concurrent.futures.wait(coming, 0.2, concurrent.futures.FIRST_COMPLETED)
             for future in done:
-                yield coming.pop(future), future.result()
+                task = coming.pop(future)
+                try:
+                    record = future.result()
+                except concurrent.futures.process.BrokenProcessPool:
+                    raise ConfigError(
+                        f"a worker process ended in the middle of [{task.number}] {task.plan.name}; is there memory "
+                        "for `workers` of them, and does your script call dw.compress under `if __name__ == '__main__':`?"
+                    ) from None
+                yield task, record
 
     def close(self) -> None:
         """See `Engine`."""

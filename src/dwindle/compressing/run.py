@@ -90,7 +90,8 @@ def compress(
         budget: Time for the search: seconds, ``"20m"`` or ``"1h"``. No trial begins that would not end in it, as far as
             is known; what runs then is finished.
         trials: How many trials there are at most, besides the original.
-        workers: How many trials run at a time, each in a process with its share of the cores.
+        workers: How many trials run at a time, each in a process with its share of the cores. A script that uses them
+            calls this under ``if __name__ == "__main__":``, since the processes import it.
         engine: ``"local"``, or ``"ray"``: on a Ray cluster, that of ``RAY_ADDRESS`` or one on this machine.
         resume: Go on with the run in ``out``.
         force: Write over the run in ``out``.
