@@ -128,8 +128,8 @@ class Processes:
                     record = future.result()
                 except concurrent.futures.process.BrokenProcessPool:
                     raise ConfigError(
-                        f"a worker process ended in the middle of [{task.number}] {task.plan.name}; is there memory "
-                        "for `workers` of them, and does your script call dw.compress under `if __name__ == '__main__':`?"
+                        f"a worker process ended in the middle of [{task.number}] {task.plan.name}; is there "
+                        "memory for them all, and does your script call dw.compress under `if __name__ == '__main__':`?"
                     ) from None
                 yield task, record
 

@@ -22,6 +22,8 @@ Record = Mapping[str, Any]
 Batches = Generator[list[Plan], Sequence[Record], None]
 # Widths that are tried, and how many lengths of training there are: short, whole, and three times as long.
 NARROWEST, WIDEST, LENGTHS = 0.04, 0.8, 3
+# The first width where goals set no limit to it.
+BEGINNING = 0.5
 # Rounds without a better file after which a search is over.
 PATIENCE = 4
 # What the loss of a short training becomes by the next longer one, before anything was learned about it.
@@ -167,6 +169,8 @@ class Proposer:
         families = self._families()
         for family in families:
             self._tops[_kind(family)] = top = self._widest(family)
+            if top == WIDEST and self._goals.limits_drop:
+                top = BEGINNING  # nothing but the loss sets a limit, and narrow ones are trained in less time
             if top is not None:
                 found += [replace(family, width=_round(max(NARROWEST, top * factor))) for factor in (1, 0.6)]
         if not found:  # nothing is small enough: a ladder shows what there is instead
