@@ -62,7 +62,7 @@ bench-applications: $(READY)
 bench-distillation: $(READY)
 	$(BIN)/python benchmarks/distillation_steps.py
 
-# Hinton's table (25 minutes on two busy cores) and the transfer set without the 3; HINTON is where both keep the
+# Hinton's table (25 minutes on two busy cores) and the transfer set without the 3 (16); HINTON is where both keep the
 # teacher, so that the second one to run does not train it again.
 HINTON ?= build/hinton
 bench-hinton: $(READY)
