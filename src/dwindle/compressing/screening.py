@@ -65,10 +65,13 @@ class Screen:
             if self.goals.max_ram is not None or self.goals.minimized == "ram":
                 memory = measure_memory(path)
                 figures["ram_bytes"] = memory.arena_bytes or memory.resident_bytes
-            figures["latency_ms"] = dict(self.baseline["latency_ms"])
+            figures["latency_ms"] = dict(self.baseline["latency_ms"])  # stands for a time that does not matter
             if self.goals.max_latency is not None or self.goals.minimized == "latency":
                 files = [self.store.folder / self.baseline["file"], path]
                 before, after = compare_latency(files, threads=self.case.threads)
                 figures["latency_ms"] = {"p50": after.p50_ms, "p90": after.p90_ms}
                 figures["baseline_p50_ms"], figures["baseline_p90_ms"] = before.p50_ms, before.p90_ms
+        timed = f", {figures['latency_ms']['p50']:.4g} ms" if "baseline_p50_ms" in figures else ""
+        told = f"{figures['size_bytes'] / 1000:,.1f} KB{timed}"
+        self.tell(Event(kind="note", text=f"untrained, {recipe.name}: {told}"))
         return figures
