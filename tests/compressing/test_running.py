@@ -370,3 +370,28 @@ def test_what_tensorboard_gets(tmp_path):
     assert found["trial-004"] == [(1, {"loss": 0.5}), (2, {"loss": 0.25})]
     assert found["trials"][0][0] == 4
     assert found["trials"][0][1] == pytest.approx({"metric": 0.9, "size_bytes": 1000, "latency_ms": 0.1, "meets": 1.0})
+
+
+def test_the_margin_of_a_loss_by_hand():
+    goals, before = dw.Goals(max_drop=0.01), {"accuracy": 0.98}
+    after = {"accuracy": 0.975, "loss_error": 0.002}
+    assert goals.cautious(before, after, True)["accuracy"] == pytest.approx(0.975 - 1.2815515655446004 * 0.002)
+    assert goals.cautious(before, {**after, "loss_error": 0.1}, True)["accuracy"] == pytest.approx(0.975 - 0.0075)
+    assert goals.cautious(before, {**after, "loss_error": None}, True) == {**after, "loss_error": None}
+    worse = goals.cautious({"accuracy": 2.0}, {"accuracy": 2.004, "loss_error": 0.001}, False)
+    assert worse["accuracy"] == pytest.approx(2.004 + 0.0012815515655446004)
+    assert dw.Goals(max_size=1).cautious(before, after, True) is after
+    assert dw.Goals(max_drop=0.01, max_relative_drop=0.005).allowed_loss({"accuracy": 0.8}) == pytest.approx(0.004)
+
+
+def test_the_error_of_a_paired_loss_by_hand():
+    from dwindle.measuring.paired import paired_drop
+
+    y = np.zeros(100, int)
+    right, wrong = [1.0, 0.0], [0.0, 1.0]
+    before = np.array([right] * 90 + [wrong] * 10)
+    after = np.array([wrong] * 8 + [right] * 82 + [right] * 3 + [wrong] * 7)
+    found = paired_drop(before, after, y)
+    assert (found.only_before, found.only_after, found.drop) == (8, 3, pytest.approx(0.05))
+    assert found.error == pytest.approx(np.sqrt(8.5 + 3.5 - 25 / 102) / 102)
+    assert found.upper == pytest.approx(5 / 102 + 1.6448536269514722 * found.error)

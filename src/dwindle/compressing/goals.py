@@ -12,7 +12,9 @@ from dwindle.units import number_in, parse_drop, parse_size
 
 LIMITS = ("max_drop", "max_relative_drop", "max_size", "max_packed", "max_latency", "max_ram")
 LATENCIES = ("p50", "p90")
-# What can be made small among the files that meet the goals, and where a trial's record has it.
+# Quantile of the normal distribution for one-sided 90%.
+_SURE = 1.2815515655446004
+# What can be made small among the files that meet the goals.
 COSTS = ("size", "packed", "latency", "ram", "drop")
 
 
@@ -116,6 +118,33 @@ class Goals:
         if before is None or after is None:
             return None
         return float(before - after if higher_is_better else after - before)
+
+    def allowed_loss(self, baseline: Mapping[str, Any]) -> float | None:
+        """Return the largest loss of the metric that is accepted, absolute; None where no limit is set to it."""
+        limits = [] if self.max_drop is None else [float(self.max_drop)]
+        if self.max_relative_drop is not None:
+            limits.append(float(self.max_relative_drop) * abs(float(baseline.get("accuracy") or 0.0)))
+        return min(limits) if limits else None
+
+    def cautious(
+        self, baseline: Mapping[str, Any], trial: Mapping[str, Any], higher_is_better: bool
+    ) -> Mapping[str, Any]:
+        """Return a trial's figures with the metric that it has with 90% confidence, for picking between trials.
+
+        The file that just keeps a limit on the samples that picked it is one that was lucky there, and more likely than
+        not to miss it elsewhere. Three quarters of the limit are the most that is taken off, so that strict limits can
+        be met on few samples.
+
+        Args:
+            baseline: The original's figures.
+            trial: The trial's, with ``loss_error``, the standard error of its loss, where that is known.
+            higher_is_better: Whether the metric is.
+        """
+        allowed, error = self.allowed_loss(baseline), trial.get("loss_error")
+        if allowed is None or not error or trial.get("accuracy") is None:
+            return trial
+        margin = min(_SURE * error, 0.75 * allowed)
+        return {**trial, "accuracy": trial["accuracy"] + (-margin if higher_is_better else margin)}
 
     def cost(self, baseline: Mapping[str, Any], trial: Mapping[str, Any], higher_is_better: bool) -> float:
         """Return what is to be small of a trial's measured figures: bytes, milliseconds, or points."""

@@ -231,6 +231,7 @@ class Proposer:
         if loss is not None and record.get("accuracy") is not None:
             start = self._baseline["accuracy"]
             record = {**record, "accuracy": start - loss if self._higher else start + loss}
+        record = self._goals.cautious(self._baseline, record, self._higher)
         excess = sum(verdict.excess for verdict in self._goals.judge(self._baseline, record, self._higher))
         return excess, self._goals.cost(self._baseline, record, self._higher)
 
@@ -315,11 +316,13 @@ class Proposer:
         return [one for figures, one in sorted(screened, key=lambda pair: self._key({**pair[0], "accuracy": None}))]
 
     def _allowed(self) -> float | None:
-        """Return the largest loss that the goals allow, at least a hair; None where they set no limit."""
-        limits = [] if self._goals.max_drop is None else [float(self._goals.max_drop)]
-        if self._goals.max_relative_drop is not None:
-            limits.append(float(self._goals.max_relative_drop) * abs(float(self._baseline["accuracy"] or 0.0)))
-        return max(1e-4, min(limits)) if limits else None
+        """Return the loss to aim at, so that it keeps the limit also on other samples; None where there is no limit."""
+        limit = self._goals.allowed_loss(self._baseline)
+        if limit is None:
+            return None
+        errors = [candidate.last.get("loss_error") or 0.0 for candidate in self._candidates if candidate.alive]
+        typical = {"accuracy": limit, "loss_error": float(np.median(errors)) if errors else 0.0}
+        return max(1e-4, float(self._goals.cautious(self._baseline, typical, True)["accuracy"]))
 
     def _value(self, candidate: Candidate) -> float | None:
         """Return what the optimizer minimizes: the goals' misses by expectation, then the cost, relative."""

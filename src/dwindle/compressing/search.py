@@ -20,7 +20,8 @@ from dwindle.compressing.screening import Screen
 from dwindle.compressing.store import Store
 from dwindle.compressing.trying import Case, blank, outcome
 from dwindle.errors import ConversionError
-from dwindle.measuring import compare_latency, higher_is_better
+from dwindle.measuring import LiteRTRunner, compare_latency, higher_is_better
+from dwindle.measuring.paired import paired_drop
 
 # Files whose turns of timing are taken in one go.
 TIMED_TOGETHER = 8
@@ -57,6 +58,7 @@ class Search:
     deadline: float | None = None
     trials: list[dict[str, Any]] = field(default_factory=list)
     current: int | None = None
+    _outputs: np.ndarray | None = None
 
     def run(self) -> None:
         """Try plans until the goals are met and nothing better is in sight, or time is over."""
@@ -100,8 +102,9 @@ class Search:
         )  # fmt: skip
 
     def verdicts(self, record: Mapping[str, Any]) -> list[Verdict]:
-        """Judge a trial by the figures measured on validation data."""
-        return self.goals.judge(self.trials[0], record, higher_is_better(self.case.metric))
+        """Judge a trial by the figures measured on validation data, with a margin for those samples' chance."""
+        higher = higher_is_better(self.case.metric)
+        return self.goals.judge(self.trials[0], self.goals.cautious(self.trials[0], record, higher), higher)
 
     def meets(self, record: Mapping[str, Any]) -> bool:
         """Whether a finished trial meets every goal."""
@@ -213,6 +216,8 @@ class Search:
         known = [trial for trial in self.trials if trial["status"] == "done"]
         self.trials.append(record)
         if record["status"] == "done":
+            if number > 0 and "loss_error" not in record:
+                record["loss_error"] = self._loss_error(record)
             record["meets"] = self.meets(record)  # the goals may be others than in an earlier run
         if record["status"] != "skipped":
             self.store.write(number, record)
@@ -221,6 +226,16 @@ class Search:
         self.tell(Event(kind="end", text=text, trial=number, facts=figures))
         if number > 0 and record["status"] == "done" and self._rank(record) < min(map(self._rank, known)):
             self.tell(Event(kind="best", text=f"best so far: [{number}] {record['name']}", trial=number, facts=figures))
+
+    def _loss_error(self, record: Mapping[str, Any]) -> float | None:
+        """Return the standard error of a loss of accuracy, from the samples on which the two files differ."""
+        split = self.case.judging
+        if self.case.metric != "accuracy" or split is None or split.y is None:
+            return None
+        if self._outputs is None:
+            self._outputs = LiteRTRunner(self.store.folder / self.trials[0]["file"]).predict(list(split.x))[0]
+        after = LiteRTRunner(self.store.folder / record["file"]).predict(list(split.x))[0]
+        return paired_drop(self._outputs, after, np.asarray(split.y)).error
 
     def _kept(self) -> Iterable[str]:
         """Return the trials whose twins stay: those that no other beats in everything that was measured."""

@@ -32,6 +32,12 @@ class PairedDrop:
     drop: float
     upper: float
 
+    @property
+    def error(self) -> float:
+        """Standard error of the loss, with the same half observations as in `upper`."""
+        b, c, n = self.only_before + 0.5, self.only_after + 0.5, self.samples + 2
+        return math.sqrt(b + c - (b - c) ** 2 / n) / n
+
     def to_dict(self) -> dict[str, Any]:
         """Return plain data."""
         return asdict(self)
