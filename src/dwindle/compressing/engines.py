@@ -267,7 +267,7 @@ def share(case: Any, folder: Path) -> None:
         raise ConfigError(f"`metric` is an object and trials run in other processes; name a metric, or {hint}")
     try:
         loss = keras.losses.serialize(keras.losses.get(case.bench.loss))
-        keras.losses.deserialize(loss)
+        keras.losses.get(keras.losses.deserialize(loss))
     except (TypeError, ValueError, AttributeError):
         raise ConfigError(f"the model's loss {case.bench.loss!r} can't be read in another process; {hint}") from None
     save_keras(case.bench.original, folder / "original.keras")
