@@ -113,7 +113,7 @@ def test_a_store_keeps_what_has_a_row_and_nothing_else(tmp_path):
         (working / "model.keras").write_bytes(b"twin")
         store.finish(number, working, {"id": f"{number:03d}"})
     store.begin(3)
-    store.forget_twins(["001"])
+    store.forget_twins(["000", "002"])
     store.close()
     assert [r["id"] for r in read_trials(tmp_path / "out")] == ["000", "001", "002"]
     assert [p.parent.name for p in (tmp_path / "out").rglob("model.keras")] == ["001"]

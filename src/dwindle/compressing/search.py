@@ -180,7 +180,9 @@ class Search:
                 self._time([records[number] for number in rest])
                 for number in rest:
                     self._settle(records[number], again=number in again)
-        self.store.forget_twins(self._kept())
+        kept = set(self._kept())
+        # Of a run that is resumed, later trials are not known here yet: theirs stay.
+        self.store.forget_twins(str(trial["id"]) for trial in self.trials if str(trial["id"]) not in kept)
         return [records[number] for number in range(first, first + len(plans))]
 
     def _task(self, number: int, plan: Plan, records: dict[int, dict[str, Any]]) -> Task | None:

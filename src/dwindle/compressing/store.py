@@ -146,16 +146,14 @@ class Store:
         with self._database:
             self._database.execute("insert or replace into screened values (?, ?)", (recipe, json.dumps(dict(figures))))
 
-    def forget_twins(self, keep: Iterable[str]) -> None:
-        """Remove the trainable twins of all trials but some, which bounds what a long search takes.
+    def forget_twins(self, trials: Iterable[str]) -> None:
+        """Remove the trainable twins of some trials, which bounds what a long search takes.
 
         Args:
-            keep: Identifiers of the trials whose twins stay.
+            trials: Their identifiers.
         """
-        kept = set(keep)
-        for path in (self.folder / "trials").glob("[0-9]*/model.keras"):
-            if path.parent.name not in kept:
-                path.unlink(missing_ok=True)
+        for trial in trials:
+            (self.folder / "trials" / trial / "model.keras").unlink(missing_ok=True)
 
     def publish(self, trial: str) -> None:
         """Copy a trial's file and its trainable twin to the top of the folder, each in one rename."""
