@@ -10,12 +10,13 @@ from typing import Any
 
 import numpy as np
 
-from dwindle.errors import ConfigError, ConversionError, DataError
+from dwindle.errors import ConfigError, ConversionError
+from dwindle.file_samples import arrays_of, check_samples
 from dwindle.lifting.flatbuffer import Graph, Operation, read_graph
 from dwindle.lifting.float_files import as_float
 from dwindle.lifting.grids import Grid, Grids
 from dwindle.measuring.accuracy import check_metric, evaluate, higher_is_better
-from dwindle.measuring.litert import LiteRTRunner, TensorSpec, read_content
+from dwindle.measuring.litert import LiteRTRunner, read_content
 from dwindle.quantization.assignment import display_names, fitted, has_weights, pattern_of
 from dwindle.quantization.fake_quantization import quantized_range
 from dwindle.quantization.mixing import classes_of
@@ -134,9 +135,9 @@ def blame(
         raise ConfigError(f"`samples` is {samples}; it must be at least 1")
     content, quantized = as_float(read_content(float_file))[0], read_content(quantized_file)
     graph = read_graph(content)
-    x, y = _samples(data, samples)
+    x, y = arrays_of(data, samples)
     runner = LiteRTRunner(content)
-    _check_samples(x, runner.inputs)
+    check_samples(x, runner.inputs)
     grids = _grids(content, quantized)
     choices = _choices(graph, grids)
     guilty = _guilty(graph, choices)
@@ -184,8 +185,8 @@ def operator_errors(
     """
     content, quantized = as_float(read_content(float_file))[0], read_content(quantized_file)
     graph = read_graph(content)
-    x, _ = _samples(data, samples)
-    _check_samples(x, LiteRTRunner(content).inputs)
+    x, _ = arrays_of(data, samples)
+    check_samples(x, LiteRTRunner(content).inputs)
     grids = _grids(content, quantized)
     choices = _choices(graph, grids)
     names, fidelity = display_names(graph), _fidelity(content, quantized, graph, grids, x, samples)
@@ -217,40 +218,6 @@ def _guilty(graph: Graph, choices: Sequence[Scheme]) -> list[Operation]:
 
 
 _NOTHING: dict[str, Any] = {"sqnr_db": None, "max_error": None, "range": None, "saturation": None}
-
-
-def _samples(data: Any, limit: int) -> tuple[tuple[np.ndarray, ...], np.ndarray | None]:
-    from dwindle.data import Data, Split, read_data
-
-    if isinstance(data, np.ndarray):
-        return (data[:limit],), None
-    if isinstance(data, list) and all(isinstance(item, np.ndarray) for item in data):
-        return tuple(item[:limit] for item in data), None
-    split = data if isinstance(data, Split) else None
-    if split is None:
-        found = data if isinstance(data, Data) else read_data(data)
-        split = found.evaluation()
-    y = getattr(split, "y", None)
-    return tuple(array[:limit] for array in split.x), None if y is None else np.asarray(y)[:limit]
-
-
-def _check_samples(x: Sequence[np.ndarray], inputs: Sequence[TensorSpec]) -> None:
-    if len(x) != len(inputs):
-        raise DataError(f"the data has {len(x)} arrays and the file has {len(inputs)} inputs")
-    if len({len(array) for array in x}) > 1 or len(x[0]) == 0:
-        counts = ", ".join(f"{len(array):,}" for array in x)
-        raise DataError(f"the data has {counts} samples; every input needs the same number, at least 1")
-    for array, given in zip(x, inputs, strict=True):
-        wanted = given.shape[1:]
-        if array.ndim != len(given.shape) or any(
-            want not in (-1, have) for have, want in zip(array.shape[1:], wanted, strict=True)
-        ):
-            raise DataError(
-                f"the samples of input `{given.name}` have shape {array.shape[1:]} and the file takes {wanted}; pass "
-                "them as the model takes them, with a leading sample axis"
-            )
-        if array.dtype.kind == "f" and not np.isfinite(array).all():
-            raise DataError("the data has NaN or infinite values; remove those samples")
 
 
 @dataclass(frozen=True, kw_only=True)

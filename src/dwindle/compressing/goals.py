@@ -140,11 +140,15 @@ class Goals:
             trial: The trial's, with ``loss_error``, the standard error of its loss, where that is known.
             higher_is_better: Whether the metric is.
         """
-        allowed, error = self.allowed_loss(baseline), trial.get("loss_error")
-        if allowed is None or not error or trial.get("accuracy") is None:
+        margin = self.margin(baseline, trial.get("loss_error"))
+        if margin == 0 or trial.get("accuracy") is None:
             return trial
-        margin = min(_SURE * error, 0.75 * allowed)
         return {**trial, "accuracy": trial["accuracy"] + (-margin if higher_is_better else margin)}
+
+    def margin(self, baseline: Mapping[str, Any], loss_error: float | None) -> float:
+        """Return what is taken off the limit on the loss for the chance of samples, absolute; 0 without a limit."""
+        allowed = self.allowed_loss(baseline)
+        return 0.0 if allowed is None or loss_error is None else min(_SURE * loss_error, 0.75 * allowed)
 
     def cost(self, baseline: Mapping[str, Any], trial: Mapping[str, Any], higher_is_better: bool) -> float:
         """Return what is to be small of a trial's measured figures: bytes, milliseconds, or points."""

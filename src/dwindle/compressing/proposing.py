@@ -125,7 +125,7 @@ class Proposer:
         return after_training(without_samples)
 
     def preview(self) -> list[Plan]:
-        """Return the plans that are tried in any case, for showing; nothing is trained for it."""
+        """Return the plans that a search begins with, for showing; nothing is trained for it."""
         fixed = [*after_training(False), same_size(sum(self._epochs[:2]))]
         return [*fixed, *(self._plan(Candidate(recipe=recipe)) for recipe in self._first())]
 
@@ -321,8 +321,8 @@ class Proposer:
         if limit is None:
             return None
         errors = [candidate.last.get("loss_error") or 0.0 for candidate in self._candidates if candidate.alive]
-        typical = {"accuracy": limit, "loss_error": float(np.median(errors)) if errors else 0.0}
-        return max(1e-4, float(self._goals.cautious(self._baseline, typical, True)["accuracy"]))
+        typical = float(np.median(errors)) if errors else None
+        return max(1e-4, limit - self._goals.margin(self._baseline, typical))
 
     def _value(self, candidate: Candidate) -> float | None:
         """Return what the optimizer minimizes: the goals' misses by expectation, then the cost, relative."""

@@ -126,13 +126,7 @@ def quantize(
     choices = assign(read_graph(content), chosen)
     if clipping == "mse":
         bounds = clipped_bounds(read_graph(content), choices)
-    method = ROUNDINGS[rounding]
-    if method is not None or correct_bias:
-        statistics = input_statistics(content, samples, moments=method is not None)
-        if method is not None:
-            content, bounds = round_weights(content, choices, bounds, statistics, method)
-        if correct_bias:
-            content = correct_biases(content, original, choices, bounds, statistics)
+    content, bounds = _refined(content, choices, bounds, samples, rounding, correct_bias)
     if found is not None and content != original:
         found = calibrate(content, samples, method=calibration, bits=bits)
     return simulate(
@@ -152,6 +146,21 @@ def _looked_at(
     if data is None and not scheme.needs_data:
         raise DataError(f"`{looking[0]}` looks at `data`, which is None; pass a few hundred training samples")
     return calibration_samples(input_shapes(model, content), data)
+
+
+def _refined(
+    content: bytes, choices: Any, bounds: Any, samples: Any, rounding: str, correct_bias: bool
+) -> tuple[bytes, Any]:
+    """Return a file with rounded weights and corrected biases, as far as asked for, and the ends of its grids."""
+    method, original = ROUNDINGS[rounding], content
+    if method is None and not correct_bias:
+        return content, bounds
+    statistics = input_statistics(content, samples, moments=method is not None)
+    if method is not None:
+        content, bounds = round_weights(content, choices, bounds, statistics, method)
+    if correct_bias:
+        content = correct_biases(content, original, choices, bounds, statistics)
+    return content, bounds
 
 
 def _judged(model: keras.Model, content: bytes, data: Any) -> Split:
