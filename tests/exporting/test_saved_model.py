@@ -407,7 +407,7 @@ def _place(folder):
         ({"path": "file"}, dw.ConfigError, "`file` is a file"),
         ({"path": "link"}, dw.ConfigError, "`link` is a link"),
         ({"path": "."}, dw.ConfigError, "has no name of its own"),
-        ({"path": "new.onnx"}, dw.ConfigError, r"it must end in \.tflite \(or in nothing, for a SavedModel folder\)"),
+        ({"path": "new.pb"}, dw.ConfigError, r"it must end in \.tflite or \.onnx \(or in nothing, for a SavedModel folder\)"),
         ({"scheme": "int8"}, dw.ConfigError, r"`scheme` is `int8`, and a SavedModel folder holds floats.*\.tflite"),
         ({"scheme": dw.Scheme(weights=4, dynamic=True)}, dw.ConfigError, "a SavedModel folder holds floats"),
         ({"scheme": "float8"}, dw.ConfigError, r"`scheme` is 'float8'; it must be one of .*did you mean `float"),
