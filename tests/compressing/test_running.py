@@ -3,19 +3,11 @@
 from __future__ import annotations
 
 import io
-import json
-import os
-import random
-import signal
-import sqlite3
-import subprocess
-import sys
-import time
 
-import keras
 import numpy as np
 import pytest
 import yaml
+from small_searches import arrays, quick
 
 import dwindle as dw
 from dwindle.compressing.events import Event
@@ -25,31 +17,6 @@ from dwindle.compressing.steps import Workbench, run_steps
 from dwindle.compressing.store import Store, read_trials
 from dwindle.compressing.trying import Case, pair
 from dwindle.data import Split, read_data, set_aside
-
-
-@pytest.fixture(scope="module")
-def task():
-    """A small classifier of vectors, its data, and a model that was trained on it."""
-    generator = np.random.default_rng(0)
-    centers = generator.normal(size=(4, 12)).astype(np.float32)
-    y = generator.integers(0, 4, 900)
-    x = (centers[y] + 0.7 * generator.normal(size=(900, 12))).astype(np.float32)
-    keras.utils.set_random_seed(0)
-    layers = [
-        keras.Input((12,), name="x"),
-        keras.layers.Dense(48, activation="relu"),
-        keras.layers.Dense(32, activation="relu"),
-    ]
-    model = keras.Sequential([*layers, keras.layers.Dense(4, activation="softmax")], name="small")
-    model.compile(keras.optimizers.Adam(5e-3), "sparse_categorical_crossentropy")
-    model.fit(x[:500], y[:500], epochs=15, verbose=0)
-    parts = {"train": (x[:500], y[:500]), "val": (x[500:700], y[500:700]), "test": (x[700:], y[700:])}
-    return model, parts
-
-
-def arrays(parts):
-    return {f"{name}_{part}": array for part, both in parts.items() for name, array in zip("xy", both, strict=True)}
-
 
 PLAN = (
     ("shrink", {"width": 0.5, "start": "teacher"}), ("prune", {"sparsity": 0.5}), ("train", {"epochs": 2}),
@@ -163,12 +130,6 @@ def test_halves_have_the_same_classes():
     assert (np.bincount(two.y) == [15, 10, 5]).all()
 
 
-def quick(task, out, **options):
-    model, parts = task
-    wanted = {"goals": dw.Goals(max_drop="50%", max_size="5KB"), "epochs": 4, "trials": 9, **options}
-    return dw.compress(model, data=arrays(parts), out=out, **wanted)
-
-
 def test_a_search_ends_in_a_smaller_file_that_meets_its_goals(task, tmp_path):
     events = []
     result = quick(task, tmp_path / "out", watch=events.append)
@@ -189,99 +150,6 @@ def test_a_search_ends_in_a_smaller_file_that_meets_its_goals(task, tmp_path):
     plan = dw.Plan.from_dict(yaml.safe_load((tmp_path / "out" / "plan.yaml").read_text()))
     again = quick(task, tmp_path / "again", plan=plan)
     assert again.report["result"]["sha256"] == chosen["sha256"]
-
-
-@pytest.mark.parametrize("engine", ["local", "ray"])
-def test_trials_in_other_processes_end_in_the_same_files(task, tmp_path, engine):
-    if engine == "ray":
-        pytest.importorskip("ray")
-    events = []
-    options = {"trials": 6, "epochs": 1}
-    alone = quick(task, tmp_path / "alone", **options)
-    beside = quick(task, tmp_path / "beside", workers=2, engine=engine, watch=events.append, **options)
-    for one, two in zip(alone.report["trials"], beside.report["trials"], strict=True):
-        assert (one["name"], one["accuracy"], one["size_bytes"]) == (two["name"], two["accuracy"], two["size_bytes"])
-    assert beside.report["result"]["sha256"] == alone.report["result"]["sha256"]
-    begun = [event.trial for event in events if event.kind == "begin"]
-    assert sorted(begun) == list(range(len(beside.report["trials"])))
-    assert not (tmp_path / "beside" / "shared").exists()
-
-
-def test_a_script_that_its_workers_can_not_import_is_told_so(task, tmp_path):
-    model, parts = task
-    model.save(tmp_path / "m.keras")
-    np.savez(tmp_path / "d.npz", **arrays(parts))
-    script = tmp_path / "script.py"
-    script.write_text(
-        "import dwindle as dw\n"
-        f"model = dw.load({str(tmp_path / 'm.keras')!r})\n"
-        f"dw.compress(model, data={str(tmp_path / 'd.npz')!r}, goals=dw.Goals(max_drop=0.5), workers=2, out={str(tmp_path / 'out')!r})\n"
-    )
-    done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, check=False)
-    assert done.returncode == 1
-    assert "under `if __name__ == '__main__':`" in done.stderr.splitlines()[-1]
-
-
-def test_what_another_process_can_not_read_is_said(task, tmp_path):
-    model, parts = task
-
-    def own_loss(y, made):
-        return keras.ops.mean((made - keras.ops.one_hot(y, 4)) ** 2)
-
-    own = keras.models.clone_model(model)
-    own.set_weights(model.get_weights())
-    own.compile("adam", own_loss)
-    with pytest.raises(dw.ConfigError, match=r"loss .* can't be read in another process"):
-        dw.compress(own, data=arrays(parts), goals=dw.Goals(max_drop=0.5), out=tmp_path / "out", workers=2)
-    for name, value in (("workers", 0), ("trials", 0), ("engine", "cloud")):
-        with pytest.raises(dw.ConfigError, match=f"`{name}` is"):
-            quick(task, tmp_path / "other", **{name: value})
-
-
-def test_a_search_that_is_killed_goes_on_to_the_same_file(task, tmp_path):
-    killed_and_resumed(task, tmp_path, moments=2)
-
-
-@pytest.mark.slow
-def test_killed_at_thirty_moments(task, tmp_path):
-    killed_and_resumed(task, tmp_path, moments=30)
-
-
-def killed_and_resumed(task, tmp_path, moments):
-    """Kill runs at random moments and resume them: the files are those of a run that was left alone."""
-    model, parts = task
-    model.save(tmp_path / "m.keras")
-    np.savez(tmp_path / "d.npz", **arrays(parts))
-    command = [
-        sys.executable, "-m", "dwindle", "compress", str(tmp_path / "m.keras"), "--data", str(tmp_path / "d.npz"),
-        "--max-drop", "50%", "--max-size", "5KB", "--epochs", "4", "--trials", "9", "--progress", "json",
-    ]  # fmt: skip
-    begun = time.monotonic()
-    straight = subprocess.run([*command, "--out", str(tmp_path / "whole")], capture_output=True, text=True, check=False)
-    took = time.monotonic() - begun
-    assert straight.returncode == 0, straight.stderr
-    ends = [json.loads(line) for line in straight.stderr.splitlines() if line.startswith("{")]
-    assert {"event", "trial", "text"} <= set(ends[0])
-    whole = (tmp_path / "whole" / "model.tflite").read_bytes()
-    chance = random.Random(0)
-    for moment in range(moments):
-        out = tmp_path / f"killed-{moment}"
-        process = subprocess.Popen([*command, "--out", str(out)], stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
-        try:
-            process.wait(timeout=took * chance.uniform(0.3, 0.95))
-        except subprocess.TimeoutExpired:
-            os.kill(process.pid, signal.SIGKILL)
-        process.wait()
-        there = (out / "trials.sqlite").exists()
-        before = read_trials(out) if there else []
-        told = [*command, "--out", str(out), *(["--resume"] if there else [])]
-        done = subprocess.run(told, capture_output=True, text=True, check=False)
-        assert done.returncode == 0, done.stderr
-        assert (out / "model.tflite").read_bytes() == whole
-        assert done.stderr.count("done before") == len(before)
-        with sqlite3.connect(out / "trials.sqlite") as database:
-            numbers = [row[0] for row in database.execute("select number from trials order by number")]
-        assert numbers == list(range(len(numbers)))
 
 
 def test_goals_on_packed_size_and_relative_loss(task, tmp_path):

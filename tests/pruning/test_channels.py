@@ -13,6 +13,7 @@ import dwindle as dw
 from dwindle.exporting import float_file
 from dwindle.measuring.latency import compare_latency
 from dwindle.pruning import ChannelOptions, groups, plan_channels, prune_channels
+from dwindle.pruning.channel_latency import _bisected
 
 L = keras.layers
 #: Models in which every channel is needed, and the reason that is given.
@@ -254,9 +255,25 @@ def test_the_file_takes_the_time_that_was_asked_for():
     model = keras.Model(inputs, L.Dense(10)(L.GlobalAveragePooling2D()(x)))
     plan = planned(model, sparsity=0.5, target="latency")
     before, after = plan.latency_ms
-    assert 0.45 * before <= after <= 0.5 * before
-    # Measured once more, both files in turns.
+    assert after <= 0.5 * before
+    # Measured once more, both files in turns; wide, because what else the machine does comes in too.
     base, now = compare_latency([float_file(model), float_file(plan.apply())], seconds=1.0)
-    assert now.p50_ms / base.p50_ms == pytest.approx(0.5, rel=0.2)
+    assert now.p50_ms / base.p50_ms == pytest.approx(0.5, rel=0.4)
     with pytest.raises(dw.ConfigError, match="`max_latency_ms` is 1e-05; the smallest model"):
         planned(model, max_latency_ms=1e-5)
+
+
+@pytest.mark.parametrize("limit", [100.0, 63.2, 20.0, 1.0])
+def test_the_bisection_ends_near_the_time_allowed(limit):
+    """Against times that are known: 100 channels at 1 ms each above 1 ms."""
+    measured = []
+
+    def taken(count):
+        measured.append(count)
+        return 101.0 - count
+
+    count, time = _bisected(taken, 100, limit)
+    assert time == taken(count) <= limit
+    assert time >= 0.95 * limit or taken(count - 1) > limit
+    assert len(measured) <= 14
+    assert _bisected(taken, 50, 40.0) == (None, 51.0)
