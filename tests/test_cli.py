@@ -203,7 +203,7 @@ def test_plan_says_what_would_be_tried_and_tries_nothing(run, place):
     status, out, _ = run("plan", "{}/cnn.keras", "--data", "{}/digits.npz", *GOAL)
     assert status == 0
     assert "[1] int8 after training: export scheme=int8" in out
-    assert "as wide, its own channels, int8" in out
+    assert "as wide, cut where bytes are, int8" in out
     assert listing(place) == before
 
 
@@ -247,7 +247,7 @@ def test_dry_run_writes_nothing(run, place):
     before = listing(place)
     status, out, _ = run("compress", "{}/cnn.keras", "--data", "{}/digits.npz", *GOAL, "--dry-run")
     assert status == 0
-    assert "as wide, its own channels, int8" in out
+    assert "as wide, cut where bytes are, int8" in out
     assert listing(place) == before
 
 

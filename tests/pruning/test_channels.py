@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import keras
 import numpy as np
 import pytest
@@ -277,3 +279,43 @@ def test_the_bisection_ends_near_the_time_allowed(limit):
     assert time >= 0.95 * limit or taken(count - 1) > limit
     assert len(measured) <= 14
     assert _bisected(taken, 50, 40.0) == (None, 51.0)
+
+
+def test_balanced_widths_are_near_the_best_that_there_are():
+    """Against all widths of a small network whose channels matter alike: the sum of inverse widths is minimal."""
+    sizes = (12, 16, 40)
+    layers = [L.Dense(size, name=f"d{size}", kernel_initializer="ones") for size in sizes]
+    model = keras.Sequential([keras.Input((3,)), *layers, L.Dense(2, kernel_initializer="ones")])
+
+    def parameters(a, b, c):
+        return 4 * a + (a + 1) * b + (b + 1) * c + 2 * (c + 1)
+
+    def penalty(widths):
+        return sum(size / width for size, width in zip(sizes, widths, strict=True))
+
+    allowed = parameters(*sizes) // 4
+    every = [w for w in itertools.product(*(range(1, size + 1) for size in sizes)) if parameters(*w) <= allowed]
+    best = min(map(penalty, every))
+    evenly = max((w for w in every if w == tuple(round(s * w[0] / 12) for s in sizes)), key=lambda w: w[0])
+    options = {"sparsity": 1 - allowed / parameters(*sizes), "structure": "channel", "target": "parameters"}
+    small = dw.prune(model, **options, scope="balanced")
+    found = tuple(small.get_layer(f"d{size}").units for size in sizes)
+    assert small.count_params() == parameters(*found) == pytest.approx(allowed, rel=0.05)
+    assert penalty(found) < 1.05 * best < 0.95 * penalty(evenly)
+
+
+def test_balanced_by_work_keeps_the_channels_of_small_maps():
+    inputs = keras.Input((32, 32, 3))
+    x = L.Conv2D(32, 3, name="large_maps")(inputs)
+    x = L.Conv2D(32, 3, strides=4, name="middle")(x)
+    x = L.Flatten()(x)
+    model = keras.Model(inputs, L.Dense(3)(L.Dense(64, name="dense")(x)))
+    left = {}
+    for target in ("macs", "parameters"):
+        plan = planned(model, sparsity=0.7, scope="balanced", target=target)
+        small = plan.apply()
+        left[target] = (small.get_layer("large_maps").filters, small.get_layer("dense").units)
+        before, after = getattr(plan, target)
+        assert after == pytest.approx(0.3 * before, rel=0.05)
+    assert left["macs"][0] < left["parameters"][0]
+    assert left["macs"][1] > left["parameters"][1]

@@ -15,7 +15,7 @@ import numpy as np
 
 from dwindle.compressing.goals import Goals
 from dwindle.compressing.plans import Plan
-from dwindle.compressing.recipes import Recipe, after_training, same_size
+from dwindle.compressing.recipes import ALLOTMENTS, Recipe, after_training, same_size
 from dwindle.pruning.residual_blocks import residual_blocks
 
 Record = Mapping[str, Any]
@@ -100,7 +100,10 @@ class Proposer:
         if self._runs("int8") and self._worth_tuning():
             self._others += yield [same_size(sum(self._epochs[:2]))]
         coming = [Candidate(recipe=recipe) for recipe in self._first()]
-        study = _Study(self._seed, deepens=self._deepens, schemes=self._choices(), packs=self._goals.needs_packed)
+        study = _Study(
+            self._seed, widest=max((top for top in self._tops.values() if top), default=WIDEST), deepens=self._deepens,
+            schemes=self._choices(), packs=self._goals.needs_packed,
+        )  # fmt: skip
         best, idle = self._standing(), 0
         while coming := coming[: self._left()]:
             records = yield [self._plan(candidate) for candidate in coming]
@@ -154,13 +157,13 @@ class Proposer:
     def _families(self) -> list[Recipe]:
         """Return the kinds of candidates that a search begins with; each is tried in several widths."""
         first, *fewer = self._choices()
-        found = [Recipe(scheme=first), Recipe(scheme=first, allotted="globally")]
-        found += [Recipe(scheme=scheme) for scheme in fewer]
+        found = [Recipe(scheme=first, allotted=allotted) for allotted in ("by-bytes", "by-work")]
+        found += [Recipe(scheme=scheme, allotted="by-bytes") for scheme in fewer]
         found += [Recipe(scheme=first, start="random")]
         if self._deepens:
-            found.append(Recipe(scheme=first, depth=0.67))
+            found.append(Recipe(scheme=first, depth=0.67, allotted="by-bytes"))
         if self._goals.needs_packed:
-            found.append(Recipe(scheme=first, sparsity=0.7, clusters=16))
+            found.append(Recipe(scheme=first, sparsity=0.7, clusters=16, allotted="by-bytes"))
         return found
 
     def _first(self) -> list[Recipe]:
@@ -265,7 +268,8 @@ class Proposer:
 
         def take(recipe: Recipe) -> bool:
             near = any(_kind(recipe) == _kind(one) and abs(recipe.width / one.width - 1) < 0.03 for one in tried)
-            figures = None if near else self._screened(recipe)
+            too_wide = recipe.width > (self._tops.get(_kind(recipe)) or WIDEST)
+            figures = None if near or too_wide else self._screened(recipe)
             if figures is None or (any_fits and not self._rest_met(figures, 0.05)):
                 return False
             hopeful = {**figures, "accuracy": self._baseline.get("accuracy")}
@@ -338,7 +342,7 @@ class Proposer:
 class _Study:
     """The optimizer: `optuna`, asked for recipes one at a time."""
 
-    def __init__(self, seed: int, *, deepens: bool, schemes: Sequence[str], packs: bool) -> None:
+    def __init__(self, seed: int, *, widest: float, deepens: bool, schemes: Sequence[str], packs: bool) -> None:
         import warnings
 
         import optuna
@@ -350,9 +354,9 @@ class _Study:
         self._study = optuna.create_study(sampler=sampler)
         lengths = optuna.distributions
         self._space: dict[str, Any] = {
-            "width": lengths.FloatDistribution(NARROWEST, WIDEST, log=True),
+            "width": lengths.FloatDistribution(NARROWEST, widest, log=True),
             "start": lengths.CategoricalDistribution(("teacher", "random")),
-            "allotted": lengths.CategoricalDistribution(("evenly", "globally")),
+            "allotted": lengths.CategoricalDistribution(tuple(ALLOTMENTS)),
             "energy": lengths.CategoricalDistribution((1.0, 0.9)),
         }
         if deepens:

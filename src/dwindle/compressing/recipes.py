@@ -9,6 +9,13 @@ from dwindle.compressing.plans import Plan
 
 # Learning rates: new weights learn fast, those of the original are only repaired.
 RATES = {"random": 2e-3, "teacher": 1e-3}
+# Ways to choose channels: in words, and the options of the step.
+ALLOTMENTS: dict[str, tuple[str, dict[str, Any]]] = {
+    "evenly": ("its own channels", {}),
+    "by-bytes": ("cut where bytes are", {"scope": "balanced", "target": "parameters"}),
+    "by-work": ("cut where time goes", {"scope": "balanced", "target": "macs"}),
+    "globally": ("its best channels", {"scope": "global", "target": "parameters"}),
+}
 TUNING_RATE = 2e-4
 
 
@@ -20,8 +27,10 @@ class Recipe:
         width: Factor of the layers' widths, in (0, 1].
         depth: Share of the residual blocks that stays, in (0, 1].
         start: ``"teacher"``: the channels that matter most, with their weights; ``"random"``: new weights.
-        allotted: Which channels stay: ``"evenly"``, ``width`` of each layer's; ``"globally"``, those that matter most
-            in one ranking, until ``width`` squared of the parameters are left.
+        allotted: Which channels stay: ``"evenly"``, ``width`` of each layer's; ``"by-bytes"`` and ``"by-work"``, where a
+            layer gives the more the more parameters or multiply-accumulates its channels take; ``"globally"``, those
+            that matter most in one ranking. But for the first, ``width`` squared of the parameters (or
+            multiply-accumulates) are left.
         energy: Share of the spectrum that low rank keeps; 1: no low rank.
         sparsity: Fraction of single weights set to 0; it makes packed files smaller.
         clusters: Values per tensor; 0: any. It makes packed files smaller.
@@ -43,8 +52,7 @@ class Recipe:
         parts = []
         if self.width < 1 or self.depth < 1:
             parts.append(f"{self.width:g} as wide" + (f", {self.depth:g} as deep" if self.depth < 1 else ""))
-            own = "its best channels" if self.allotted == "globally" else "its own channels"
-            parts.append(own if self.start == "teacher" else "new weights")
+            parts.append(ALLOTMENTS[self.allotted][0] if self.start == "teacher" else "new weights")
         if self.energy < 1:
             parts.append(f"low rank {self.energy:g}")
         if self.sparsity > 0:
@@ -61,13 +69,13 @@ class Recipe:
             tuning: Epochs of quantized training at the end; 0: quantized after training.
         """
         steps: list[tuple[str, dict[str, Any]]] = []
-        globally = self.allotted == "globally" and self.width < 1
-        width = 1.0 if globally else self.width
+        _, allotment = ALLOTMENTS[self.allotted]
+        width = 1.0 if allotment else self.width
         if width < 1 or self.depth < 1:
             steps.append(("shrink", {"width": width, "depth": self.depth, "start": self.start}))
-        if globally:
-            steps.append(("prune", {"sparsity": round(1 - self.width**2, 4), "structure": "channel", "scope": "global",
-                                    "criterion": "taylor", "target": "parameters"}))  # fmt: skip
+        if allotment and self.width < 1:
+            share = round(1 - self.width**2, 4)
+            steps.append(("prune", {"sparsity": share, "structure": "channel", "criterion": "taylor", **allotment}))
         if self.energy < 1:
             steps.append(("factorize", {"energy": self.energy}))
         if self.sparsity > 0:

@@ -28,6 +28,8 @@ from dwindle.seeding import seeded
 from dwindle.shrinking import shrink
 
 BATCH_SIZE = 64
+# Steps between two looks at callbacks: small models train up to a third faster, to the same bits.
+STEPS_AT_ONCE = 8
 # A schedule of pruning ends here, so that the rest of the training repairs what was removed.
 PRUNING_SHARE = 0.6
 # Criteria of channels that look at gradients, and at how many samples.
@@ -153,7 +155,7 @@ def _train(model: keras.Model, options: Mapping[str, Any], bench: Workbench) -> 
         learner = distill(model, teacher, temperature=options["temperature"], alpha=options["alpha"])
     steps = options["epochs"] * _steps_per_epoch(split)
     rate = keras.optimizers.schedules.CosineDecay(options["learning_rate"], decay_steps=max(1, steps))
-    learner.compile(keras.optimizers.Adam(rate), loss=bench.loss)
+    learner.compile(keras.optimizers.Adam(rate), loss=bench.loss, steps_per_execution=STEPS_AT_ONCE)
     learner.fit(
         x, split.y, batch_size=BATCH_SIZE, epochs=options["epochs"], verbose=0,
         callbacks=[_Progress(bench.tell, options["epochs"]), StopTraining(bench.interruption)],

@@ -13,6 +13,7 @@ import numpy as np
 
 from dwindle.attaching import attached
 from dwindle.errors import ConfigError, UnsupportedModelError, check_choice
+from dwindle.pruning.balancing import balanced
 from dwindle.pruning.channel_groups import Counts, Group, Groups, groups
 from dwindle.pruning.channel_importance import CHANNEL_CRITERIA, Evidence, scores
 from dwindle.pruning.cutting import cut, untied
@@ -20,7 +21,7 @@ from dwindle.pruning.loss_gradients import labelled_samples, loss_gradients, los
 from dwindle.weights import check_model, select
 
 TARGETS = ("channels", "parameters", "macs", "latency")
-SCOPES = ("layer", "global")
+SCOPES = ("layer", "global", "balanced")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -146,6 +147,10 @@ def plan_channels(
             f"`model` ({model.name}) has no channels that can be cut: {'; '.join(notes) or 'no layers with weights'}"
         )
     blocks = _blocks(judged, options)
+    if options.scope == "balanced":
+        steps = [_allowed(group, options) for group, _ in judged]
+        macs = options.max_latency_ms is not None or options.target in ("macs", "latency")
+        blocks = balanced(judged, steps, Counts(model, found.analysis), macs=macs)
     if options.target == "latency" or options.max_latency_ms is not None:
         from dwindle.pruning.channel_latency import within_latency
 
@@ -182,7 +187,8 @@ def prune_channels(
         sparsity: Fraction of the channels of each group to remove; or of the model's ``target``.
         criterion: ``"l1"``, ``"l2"``, ``"batchnorm-scale"``, ``"geometric-median"``, ``"taylor"``, ``"fisher"`` (these
             two need data) or ``"random"``.
-        scope: ``"layer"``: the same fraction of every group; ``"global"``: one ranking over all groups.
+        scope: ``"layer"``: the same fraction of every group; ``"global"``: one ranking over all groups;
+            ``"balanced"``: large groups give more and small ones less, see `dwindle.pruning.balancing.balanced`.
         layers: Shell-style patterns of the layers whose channels may go. None: all.
         exclude: Patterns of layers whose channels stay.
         data: Labelled samples, ``(x, y)`` or anything that `dwindle.read_data` takes.
@@ -293,7 +299,7 @@ def first(blocks: list[Block], count: int) -> np.ndarray:
 def _share_of_channels(
     judged: list[tuple[Group, np.ndarray]], blocks: list[Block], options: ChannelOptions
 ) -> np.ndarray:
-    if options.scope == "global":
+    if options.scope != "layer":
         wanted = options.sparsity * sum(group.size for group, _ in judged)
         counts = np.cumsum([0, *[len(block.channels) for block in blocks]])
         return first(blocks, int(np.abs(counts - wanted).argmin()))
