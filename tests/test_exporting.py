@@ -36,6 +36,28 @@ def test_every_model_exports_in_every_scheme(name, scheme, tmp_path):
         assert np.abs(result - expected).max() <= tolerance * max(1, np.abs(expected).max())
 
 
+@pytest.mark.parametrize("scheme", ["float32", "int8"])
+@pytest.mark.parametrize("name", ["conv_bn_relu", "several_inputs_and_outputs", "inputs_by_name", "recurrent"])
+def test_a_compact_file_is_smaller_and_gives_the_same(name, scheme, tmp_path):
+    model = settle(ZOO[name]())
+    inputs = samples(model, 64)
+    whole, small = (
+        dw.export(model, tmp_path / f"{compact}.tflite", scheme=scheme, data=inputs, compact=compact)
+        for compact in (False, True)
+    )
+    assert small.size_bytes < whole.size_bytes - 500
+    for one, other in zip(*(LiteRTRunner(file.path).predict(inputs) for file in (whole, small)), strict=True):
+        np.testing.assert_array_equal(one, other)
+    assert "left out of the file" in small.notes[-1]
+    loaded = dw.load(small.path)
+    for expected, found in zip(outputs(model, inputs), outputs(loaded, inputs), strict=True):
+        assert np.abs(found - expected).max() <= (1e-4 if scheme == "float32" else 0.15) * max(
+            1, np.abs(expected).max()
+        )
+    with pytest.raises(dw.ConfigError, match=r"`compact` is True, and only a \.tflite can be written so"):
+        dw.export(model, tmp_path / "model.onnx", compact=True)
+
+
 @pytest.mark.parametrize("name", ["conv_bn_relu", "several_inputs_and_outputs", "attention", "recurrent"])
 def test_files_take_batches_and_compute_the_same(name):
     model = settle(ZOO[name]())

@@ -154,3 +154,14 @@ def test_a_longer_plan_begins_as_the_shorter_one():
     short, longer = recipe.plan((5,), 0), recipe.plan((5, 15), 5)
     assert longer.steps[:2] == short.steps[:2]
     assert [step for step, _ in longer.steps] == ["shrink", "train", "train", "quantize", "train", "export"]
+
+
+def test_files_are_compact_where_kilobytes_count():
+    small, large = {"size_bytes": 1_700_000}, {"size_bytes": 50_000_000}
+    assert dw.Goals(max_size="20KB").compacts(large)
+    assert not dw.Goals(max_size="5MB").compacts(small)
+    assert dw.Goals(max_drop=0.01).compacts(small)
+    assert not dw.Goals(max_drop=0.01).compacts(large)
+    assert not dw.Goals(max_drop=0.01, minimize="latency").compacts(small)
+    written = [r["plan"]["steps"][-1]["export"]["compact"] for r in found_by(dw.Goals(max_size="20KB"))]
+    assert all(written)

@@ -67,6 +67,7 @@ def add(commands: Any) -> None:
         help="order of the axes of images that an .onnx takes and gives (default NHWC, as the model has them)",
     )  # fmt: skip
     sub.add_argument("--sparse", action="store_true", help="store weights with many zeros in the sparse encoding")
+    sub.add_argument("--compact", action="store_true", help="leave names, signatures and metadata out of a .tflite")
     sub.add_argument("--force", action="store_true", help="write over OUT if it exists")
     sub.add_argument("--json", action="store_true", help="print the result as JSON")
     sub.add_argument("--trust", action="store_true", help="let code in the model file run (Lambda layers, .pt2)")
@@ -126,7 +127,7 @@ def _written(options: argparse.Namespace, model: Any, scheme: Any, data: Any) ->
 
     artefact = export(
         model, options.out, scheme=scheme, data=data, io_type=options.io_type, calibration=options.calibration,
-        sparse=options.sparse, layout=options.output_layout,
+        sparse=options.sparse, compact=options.compact, layout=options.output_layout,
     )  # fmt: skip
     found = artefact.verification
     if options.json:
@@ -150,7 +151,8 @@ def _written(options: argparse.Namespace, model: Any, scheme: Any, data: Any) ->
 def _micro(options: argparse.Namespace, *, folder: bool) -> int:
     """Write the sources for a microcontroller."""
     refined = [name for name, usual in UNREFINED.items() if getattr(options, name) != usual]
-    other = {"--sparse": options.sparse, "--io-type": options.io_type != "float32", "--layer": bool(options.layer),
+    other = {"--sparse": options.sparse, "--compact": options.compact,
+             "--io-type": options.io_type != "float32", "--layer": bool(options.layer),
              "--output-layout": options.output_layout != "NHWC"}  # fmt: skip
     wrong = [*(f"--{name.replace('_', '-')}" for name in refined), *(name for name, given in other.items() if given)]
     if wrong:

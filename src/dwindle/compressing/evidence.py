@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import math
+import tempfile
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -20,7 +21,7 @@ from dwindle.blaming import SQNR_SAMPLES, operator_errors
 from dwindle.compressing.sample_pictures import Pictures
 from dwindle.data import Split, spread
 from dwindle.errors import DwindleError
-from dwindle.lifting.flatbuffer import read_graph
+from dwindle.lifting.flatbuffer import parse, read_graph
 from dwindle.measuring.accuracy import labelled_classes, predicted_classes
 from dwindle.measuring.latency import time_runs
 from dwindle.measuring.litert import LiteRTRunner
@@ -247,10 +248,11 @@ def _share(outputs: np.ndarray, number: int, named: np.ndarray) -> float | None:
 
 def _operators(chosen: str | Path, twin: str | Path | None, split: Split | None) -> dict[str, Any]:
     """Return the operators of the quantized file whose outputs are farthest from those of its float file."""
-    from dwindle.exporting import float_file
+    from dwindle.exporting import export, float_file
     from dwindle.loading import load
 
-    graph = read_graph(Path(chosen).read_bytes())
+    content = Path(chosen).read_bytes()
+    graph, named = read_graph(content), any(tensor.name for tensor in parse(content).subgraphs[0].tensors)
     if not any(tensor.is_quantized for tensor in graph.tensors):
         return {"reason": "the file computes with floats, so nothing is lost to integers"}
     if split is None:
@@ -260,8 +262,11 @@ def _operators(chosen: str | Path, twin: str | Path | None, split: Split | None)
     made = sum(8 * math.prod(max(1, s) for s in t.shape) for op in graph.operations for t in op.outputs)
     quick = int(SECONDS / SLOWER / _once(LiteRTRunner(chosen)))
     samples = max(1, min(SQNR_SAMPLES, len(split), ACTIVATION_BYTES // max(1, made), quick))
-    content = float_file(load(twin))
-    found = operator_errors(content, chosen, split.take(samples), samples=samples)
+    model = load(twin)
+    with tempfile.TemporaryDirectory() as folder:
+        if not named:  # a compact file: written once more with its names
+            chosen = export(model, Path(folder, "named.tflite")).path
+        found = operator_errors(float_file(model), chosen, split.take(samples), samples=samples)
     rows = [
         {
             "name": row.name, "operator": row.operator, "weights": row.weights, "activations": row.activations,

@@ -14,6 +14,8 @@ LIMITS = ("max_drop", "max_relative_drop", "max_size", "max_packed", "max_latenc
 LATENCIES = ("p50", "p90")
 # Quantile of the normal distribution for one-sided 90%.
 _SURE = 1.2815515655446004
+# Bytes up to which names and metadata count: of a file that is asked for, and of an original that is to get small.
+SMALL_FILE, SMALL_MODEL = 100_000, 2_000_000
 # What can be made small among the files that meet the goals.
 COSTS = ("size", "packed", "latency", "ram", "drop")
 
@@ -111,6 +113,12 @@ class Goals:
     def needs_packed(self) -> bool:
         """Whether packed sizes matter, which take time to find."""
         return self.max_packed is not None or self.minimized == "packed"
+
+    def compacts(self, baseline: Mapping[str, Any]) -> bool:
+        """Whether files are written without names and metadata: where bytes are asked for, and kilobytes count."""
+        if self.max_size is not None:
+            return float(self.max_size) <= SMALL_FILE
+        return self.minimized == "size" and baseline["size_bytes"] <= SMALL_MODEL
 
     def loss(self, baseline: Mapping[str, Any], trial: Mapping[str, Any], higher_is_better: bool) -> float | None:
         """Return how much worse the metric of a trial is than the original's; None without labels."""

@@ -79,6 +79,7 @@ class Proposer:
     ) -> None:  # fmt: skip
         self._goals, self._higher, self._baseline = goals, higher_is_better, baseline
         self._schemes, self._screen, self._trials, self._seed = schemes, screen, trials, seed
+        self._compact = goals.compacts(baseline)
         short = max(1, epochs // 4)
         self._epochs = (short, max(1, epochs - short), 2 * epochs)
         self._tuning = max(1, epochs // 4)
@@ -98,7 +99,7 @@ class Proposer:
         if without_training:
             return
         if self._runs("int8") and self._worth_tuning():
-            self._others += yield [same_size(sum(self._epochs[:2]))]
+            self._others += yield [same_size(sum(self._epochs[:2]), compact=self._compact)]
         coming = [Candidate(recipe=recipe) for recipe in self._first()]
         study = _Study(
             self._seed, widest=max((top for top in self._tops.values() if top), default=WIDEST), deepens=self._deepens,
@@ -125,11 +126,11 @@ class Proposer:
 
     def untrained(self, without_samples: bool) -> list[Plan]:
         """Return the plans without training."""
-        return after_training(without_samples)
+        return after_training(without_samples, compact=self._compact)
 
     def preview(self) -> list[Plan]:
         """Return the plans that a search begins with, for showing; nothing is trained for it."""
-        fixed = [*after_training(False), same_size(sum(self._epochs[:2]))]
+        fixed = [*self.untrained(False), same_size(sum(self._epochs[:2]), compact=self._compact)]
         return [*fixed, *(self._plan(Candidate(recipe=recipe)) for recipe in self._first())]
 
     def _runs(self, scheme: str) -> bool:
@@ -212,7 +213,7 @@ class Proposer:
         """Return the plan of a candidate's next training."""
         length = len(candidate.records)
         tuning = self._tuning if length else int(candidate.recipe.scheme != "int8")
-        return candidate.recipe.plan(self._epochs[: length + 1], tuning)
+        return candidate.recipe.plan(self._epochs[: length + 1], tuning, compact=self._compact)
 
     def _repaired(self) -> float:
         """Return what share of the loss of a training is left after the next longer one, as far as is known."""

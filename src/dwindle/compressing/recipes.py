@@ -27,8 +27,8 @@ class Recipe:
         width: Factor of the layers' widths, in (0, 1].
         depth: Share of the residual blocks that stays, in (0, 1].
         start: ``"teacher"``: the channels that matter most, with their weights; ``"random"``: new weights.
-        allotted: Which channels stay: ``"evenly"``, ``width`` of each layer's; ``"by-bytes"`` and ``"by-work"``, where a
-            layer gives the more the more parameters or multiply-accumulates its channels take; ``"globally"``, those
+        allotted: Which channels stay: ``"evenly"``, ``width`` of each layer's; ``"by-bytes"`` and ``"by-work"``: a layer
+            gives the more the more parameters or multiply-accumulates its channels take; ``"globally"``, those
             that matter most in one ranking. But for the first, ``width`` squared of the parameters (or
             multiply-accumulates) are left.
         energy: Share of the spectrum that low rank keeps; 1: no low rank.
@@ -61,12 +61,13 @@ class Recipe:
             parts.append(f"{self.clusters} values")
         return ", ".join([*parts, self.scheme])
 
-    def plan(self, epochs: tuple[int, ...], tuning: int) -> Plan:
+    def plan(self, epochs: tuple[int, ...], tuning: int, *, compact: bool = False) -> Plan:
         """Return the plan.
 
         Args:
             epochs: Epochs of distilled training, in parts: a plan with more parts goes on where that with fewer ended.
             tuning: Epochs of quantized training at the end; 0: quantized after training.
+            compact: Write the file without names and metadata.
         """
         steps: list[tuple[str, dict[str, Any]]] = []
         _, allotment = ALLOTMENTS[self.allotted]
@@ -92,7 +93,7 @@ class Recipe:
         if tuning or self.clusters:
             steps.append(("quantize", {"scheme": self.scheme}))
             steps.append(("train", {"epochs": max(1, tuning), "learning_rate": TUNING_RATE}))
-        steps.append(("export", {"scheme": self.scheme}))
+        steps.append(("export", {"scheme": self.scheme, "compact": compact}))
         unit = "epoch" if epochs == (1,) else "epochs"
         told = f" ({'+'.join(map(str, epochs))} {unit})" if epochs and self.trains else ""
         return Plan(name=f"{self.name}{told}", steps=tuple(steps))
@@ -103,26 +104,27 @@ class Recipe:
         return self.width < 1 or self.depth < 1 or self.energy < 1 or self.sparsity > 0
 
 
-def after_training(needs_no_data: bool) -> list[Plan]:
+def after_training(needs_no_data: bool, *, compact: bool = False) -> list[Plan]:
     """Return the plans without training: seconds each.
 
     Args:
         needs_no_data: Leave out what needs calibration samples.
+        compact: Write files without names and metadata.
     """
-    plans = [] if needs_no_data else [Plan(name="int8 after training", steps=(("export", {"scheme": "int8"}),))]
+    schemes = {"int8": "int8 after training", "int8-dynamic": "int8 weights, dynamic", "float16": "float16"}
     return [
-        *plans,
-        Plan(name="int8 weights, dynamic", steps=(("export", {"scheme": "int8-dynamic"}),)),
-        Plan(name="float16", steps=(("export", {"scheme": "float16"}),)),
+        Plan(name=name, steps=(("export", {"scheme": scheme, "compact": compact}),))
+        for scheme, name in schemes.items()
+        if not (needs_no_data and scheme == "int8")
     ]
 
 
-def same_size(epochs: int) -> Plan:
+def same_size(epochs: int, *, compact: bool = False) -> Plan:
     """Return the plan of int8 in training at the model's own size."""
     return Plan(
         name="int8 in training, distilled",
         steps=(
             ("quantize", {}), ("train", {"epochs": max(1, epochs // 4), "learning_rate": TUNING_RATE}),
-            ("export", {"scheme": "int8"}),
+            ("export", {"scheme": "int8", "compact": compact}),
         ),
     )  # fmt: skip

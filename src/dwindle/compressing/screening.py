@@ -57,7 +57,10 @@ class Screen:
             path = Path(folder) / FILE
             try:
                 model = run_steps(steps, replace(self.case.bench, stages=None))
-                export(model, path, scheme=recipe.scheme, data=None if split is None else list(split.take(SAMPLES).x))
+                export(
+                    model, path, scheme=recipe.scheme, data=None if split is None else list(split.take(SAMPLES).x),
+                    compact=self.goals.compacts(self.baseline),
+                )  # fmt: skip
             except REASONS as error:
                 self.tell(Event(kind="note", text=f"{recipe.name}: not possible, {error}"))
                 return {}

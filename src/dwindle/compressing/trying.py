@@ -72,13 +72,14 @@ def try_plan(case: Case, plan: Plan, number: int, working: Path) -> dict[str, An
 
 def _done(case: Case, plan: Plan, number: int, working: Path) -> dict[str, Any]:
     model = run_steps(plan.steps, case.bench)
-    scheme = plan.steps[-1][1]["scheme"]
+    written = plan.steps[-1][1]
+    scheme = written["scheme"]
     split = case.calibration
     samples = None if split is None else list(split.x)
     path = working / FILE
     if not resolve_scheme(scheme).is_float and not getattr(model, "quantization", None):
         model = _simulated(model, scheme, samples)
-    artefact = export(model, path, scheme=scheme, data=samples)
+    artefact = export(model, path, scheme=scheme, data=samples, compact=written["compact"])
     save_keras(model, working / TWIN)
     figures = measure(path, pair(case.judging), metric=case.metric, threads=case.threads)
     if number > 0 and case.target.runtime == "micro" and figures.arena_bytes is None:

@@ -14,7 +14,7 @@ import keras
 import numpy as np
 
 from dwindle.attaching import full_precision
-from dwindle.errors import ConfigError, ConversionError, check_choice
+from dwindle.errors import ConfigError, ConversionError, VerificationError, check_choice
 from dwindle.exporting.convert import float_file, random_input
 from dwindle.exporting.verify import BOUNDS, Bound, Verification, compare, require
 from dwindle.files import check_output_file, check_output_folder, names_folder, sha256_of, size_of, write_bytes
@@ -73,6 +73,7 @@ def export(
     calibration: str = "min-max",
     verify_samples: int = 512,
     sparse: bool = False,
+    compact: bool = False,
     layout: str = "NHWC",
 ) -> Artefact:
     """Write a model as a ``.tflite`` or ``.onnx`` file or a SavedModel folder, run it, and compare it with the model.
@@ -109,6 +110,9 @@ def export(
         verify_samples: At most this many samples are compared.
         sparse: Store weights of a ``.tflite`` in LiteRT's sparse encoding where that is smaller and LiteRT runs it; the
             notes say what became of each. The file gets smaller, not faster (see `dwindle.exporting.sparse`).
+        compact: Leave out of a ``.tflite`` what no runtime needs: names of tensors, signatures, metadata, shape
+            signatures; and write once what is there twice (see `dwindle.micro.stripping.strip`). It gives the same
+            outputs, which is checked. Some kilobytes; it matters to small files.
         layout: Order of the axes of an ``.onnx``'s inputs and outputs with four axes or more: ``"NHWC"``, the model's,
             or ``"NCHW"``, channels second.
 
@@ -126,7 +130,7 @@ def export(
     check_choice("io_type", io_type, IO_TYPES)
     check_choice("calibration", calibration, METHODS)
     onnx = Path(path).suffix.lower() == ".onnx"
-    _check_kind(path, onnx=onnx, io_type=io_type, sparse=sparse, layout=layout)
+    _check_kind(path, onnx=onnx, io_type=io_type, sparse=sparse, compact=compact, layout=layout)
     if names_folder(path):
         return _export_folder(model, check_output_folder(path), scheme, data, verify_samples)
     path = check_output_file(path, suffixes=(".tflite", ".onnx"))
@@ -139,6 +143,8 @@ def export(
     made = _litert_file(
         model, scheme, data, io_type=io_type, calibration=calibration, verify_samples=verify_samples, sparse=sparse
     )
+    if compact:
+        made = _compacted(made)
     if onnx:
         return _export_onnx(path, made, layout)
     return _artefact(path, made)
@@ -155,7 +161,23 @@ class _Made:
     notes: tuple[str, ...]
 
 
-def _check_kind(path: str | Path, *, onnx: bool, io_type: str, sparse: bool, layout: str) -> None:
+def _compacted(made: _Made) -> _Made:
+    """Return a file without what no runtime needs, once it is seen to give the same outputs."""
+    from dwindle.measuring.litert import LiteRTRunner
+    from dwindle.micro.stripping import strip
+
+    content = strip(made.content)
+    before, after = (LiteRTRunner(file).predict(made.inputs) for file in (made.content, content))
+    if not all(np.array_equal(one, other, equal_nan=True) for one, other in zip(before, after, strict=True)):
+        raise VerificationError(
+            "the compact file gives other outputs than the one that it is made of; leave `compact` out, and report this"
+        )
+    left_out = len(made.content) - len(content)
+    note = f"names, signatures and metadata are left out of the file ({left_out:,} bytes); its outputs are the same"
+    return replace(made, content=content, notes=(*made.notes, note))
+
+
+def _check_kind(path: str | Path, *, onnx: bool, io_type: str, sparse: bool, compact: bool, layout: str) -> None:
     """Refuse options that the kind of file does not have."""
     check_choice("layout", layout, LAYOUTS)
     if layout != "NHWC" and not onnx:
@@ -167,6 +189,8 @@ def _check_kind(path: str | Path, *, onnx: bool, io_type: str, sparse: bool, lay
         raise ConfigError(f"`io_type` is {io_type!r}, but {kind} has float inputs; leave it out")
     if kind and sparse:
         raise ConfigError(f"`sparse` is True, but {kind} holds dense weights; name a .tflite")
+    if kind and compact:
+        raise ConfigError(f"`compact` is True, and only a .tflite can be written so; name one in place of {kind}")
 
 
 def _given_file(source: str | Path, scheme: Any, data: Any, verify_samples: int) -> _Made:

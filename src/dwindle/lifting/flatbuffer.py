@@ -198,7 +198,8 @@ def read_graph(content: bytes) -> Graph:
 
 def _graph(model: Any) -> Graph:
     main = model.subgraphs[0]
-    tensors = tuple(_tensor(model, index, tensor) for index, tensor in enumerate(main.tensors))
+    given = _given_names(model, main)
+    tensors = tuple(_tensor(model, index, tensor, given[index]) for index, tensor in enumerate(main.tensors))
     operations = tuple(
         Operation(
             index=index,
@@ -234,7 +235,21 @@ def _options(operation: Any) -> dict[str, Any]:
     return {name: value for name, value in vars(options).items() if not name.startswith("_")}
 
 
-def _tensor(model: Any, index: int, tensor: Any) -> Tensor:
+def _given_names(model: Any, main: Any) -> list[str]:
+    """Return the tensors' names; where a file was written without, they are named after the operators."""
+    found = {index: f"input_{number}" for number, index in enumerate(_list(main.inputs))}
+    for number, operation in enumerate(main.operators or []):
+        own = f"{operator_name(model, operation).lower()}_{number}"
+        for kind, indices in (("output", operation.outputs), ("operand", operation.inputs)):
+            for place, index in enumerate(_list(indices)):
+                found.setdefault(index, own if kind == "output" and place == 0 else f"{own}/{kind}_{place}")
+    return [
+        (tensor.name or b"").decode("utf8", "replace") or found.get(index, f"tensor_{index}")
+        for index, tensor in enumerate(main.tensors)
+    ]
+
+
+def _tensor(model: Any, index: int, tensor: Any, name: str) -> Tensor:
     shape = tuple(_list(tensor.shape))
     kind = tensor.type
     bits = _PACKED_BITS.get(kind)
@@ -249,7 +264,7 @@ def _tensor(model: Any, index: int, tensor: Any) -> Tensor:
         zero_point = np.zeros(scale.shape, np.int64) if given is None else np.asarray(given)
     return Tensor(
         index=index,
-        name=(tensor.name or b"").decode("utf8", "replace"),
+        name=name,
         shape=shape,
         dtype=dtype,
         bits=bits or np.dtype(dtype).itemsize * 8,

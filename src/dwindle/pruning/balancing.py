@@ -89,4 +89,5 @@ def _shares(ascending: np.ndarray) -> np.ndarray:
     if values.sum() <= 0:
         values = np.ones(len(values))
     left = values.sum() - np.concatenate([[0.0], np.cumsum(values)])
-    return np.maximum(left / values.sum(), 1e-9)
+    shares: np.ndarray = np.maximum(left / values.sum(), 1e-9)
+    return shares
