@@ -27,8 +27,8 @@ class Recipe:
         width: Factor of the layers' widths, in (0, 1].
         depth: Share of the residual blocks that stays, in (0, 1].
         start: ``"teacher"``: the channels that matter most, with their weights; ``"random"``: new weights.
-        allotted: Which channels stay: ``"evenly"``, ``width`` of each layer's; ``"by-bytes"`` and ``"by-work"``: a layer
-            gives the more the more parameters or multiply-accumulates its channels take; ``"globally"``, those
+        allotted: Which channels stay: ``"evenly"``, ``width`` of each layer's; ``"by-bytes"`` and ``"by-work"``: a
+            layer gives the more the more parameters or multiply-accumulates its channels take; ``"globally"``: those
             that matter most in one ranking. But for the first, ``width`` squared of the parameters (or
             multiply-accumulates) are left.
         energy: Share of the spectrum that low rank keeps; 1: no low rank.
