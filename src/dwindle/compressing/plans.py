@@ -23,7 +23,7 @@ STEP_OPTIONS: dict[str, dict[str, Any]] = {
     "factorize": {"energy": 0.9},
     "cluster": {"clusters": 16, "init": "kmeans", "per_channel": False},
     "quantize": {"scheme": "int8"},
-    "train": {"epochs": 1, "learning_rate": 1e-3, "temperature": 4.0, "alpha": 0.5},
+    "train": {"epochs": 1, "learning_rate": 1e-3, "temperature": 4.0, "alpha": 0.5, "shift": 0.0},
     "export": {"scheme": "int8", "compact": False},
 }
 

@@ -66,6 +66,7 @@ class Proposer:
         screen: Gives the figures of a recipe's untrained file, None where there is none.
         epochs: Epochs of a whole training.
         trials: How many trials there are at most, besides the original.
+        shifts: Whether the samples are images that may be shifted.
         seed: Seeds the optimizer.
 
     References:
@@ -76,7 +77,9 @@ class Proposer:
     def __init__(
         self, *, model: keras.Model, goals: Goals, higher_is_better: bool, baseline: Record,
         schemes: Sequence[str] | None, screen: Callable[[Recipe], Record | None], epochs: int, trials: int, seed: int,
+        shifts: bool = False,
     ) -> None:  # fmt: skip
+        self._shifts = shifts
         self._goals, self._higher, self._baseline = goals, higher_is_better, baseline
         self._schemes, self._screen, self._trials, self._seed = schemes, screen, trials, seed
         self._compact = goals.compacts(baseline)
@@ -213,7 +216,7 @@ class Proposer:
         """Return the plan of a candidate's next training."""
         length = len(candidate.records)
         tuning = self._tuning if length else int(candidate.recipe.scheme != "int8")
-        return candidate.recipe.plan(self._epochs[: length + 1], tuning, compact=self._compact)
+        return candidate.recipe.plan(self._epochs[: length + 1], tuning, compact=self._compact, shifts=self._shifts)
 
     def _repaired(self) -> float:
         """Return what share of the loss of a training is left after the next longer one, as far as is known."""

@@ -17,6 +17,8 @@ ALLOTMENTS: dict[str, tuple[str, dict[str, Any]]] = {
     "globally": ("its best channels", {"scope": "global", "target": "parameters"}),
 }
 TUNING_RATE = 2e-4
+# Largest shift of images, as a share of their height and width.
+SHIFT = 0.07
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,13 +63,14 @@ class Recipe:
             parts.append(f"{self.clusters} values")
         return ", ".join([*parts, self.scheme])
 
-    def plan(self, epochs: tuple[int, ...], tuning: int, *, compact: bool = False) -> Plan:
+    def plan(self, epochs: tuple[int, ...], tuning: int, *, compact: bool = False, shifts: bool = False) -> Plan:
         """Return the plan.
 
         Args:
             epochs: Epochs of distilled training, in parts: a plan with more parts goes on where that with fewer ended.
             tuning: Epochs of quantized training at the end; 0: quantized after training.
             compact: Write the file without names and metadata.
+            shifts: Shift the images of long trainings, in which students begin to learn samples by heart.
         """
         steps: list[tuple[str, dict[str, Any]]] = []
         _, allotment = ALLOTMENTS[self.allotted]
@@ -85,7 +88,14 @@ class Recipe:
         if steps:
             # A later part is a finer one: it begins at a smaller rate.
             steps += [
-                ("train", {"epochs": count, "learning_rate": rate / 2 ** min(part, 1)})
+                (
+                    "train",
+                    {
+                        "epochs": count,
+                        "learning_rate": rate / 2 ** min(part, 1),
+                        "shift": SHIFT * (shifts and part > 1),
+                    },
+                )
                 for part, count in enumerate(epochs)
             ]
         if self.clusters:

@@ -17,6 +17,7 @@ from dwindle.compressing.goals import Goals, Verdict
 from dwindle.compressing.plans import Plan
 from dwindle.compressing.proposing import Proposer
 from dwindle.compressing.screening import Screen
+from dwindle.compressing.shifting import shifts
 from dwindle.compressing.store import Store
 from dwindle.compressing.trying import Case, blank, outcome
 from dwindle.errors import ConversionError
@@ -99,6 +100,7 @@ class Search:
             baseline=self.trials[0], schemes=self.case.target.schemes, epochs=self.epochs, trials=self.most,
             screen=Screen(case=self.case, goals=self.goals, store=self.store, baseline=self.trials[0],
                           tell=self.tell), seed=self.case.bench.seed,
+            shifts=self.case.bench.distills and shifts(self.case.bench.original, self.case.bench.train),
         )  # fmt: skip
 
     def verdicts(self, record: Mapping[str, Any]) -> list[Verdict]:

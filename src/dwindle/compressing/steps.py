@@ -15,6 +15,7 @@ import numpy as np
 
 from dwindle.clustering import cluster
 from dwindle.compressing.events import Event, Tell
+from dwindle.compressing.shifting import SMALLEST, Shifted, shifts
 from dwindle.compressing.stages import Stages
 from dwindle.data import Split
 from dwindle.distillation import distill, ends_in, record
@@ -150,14 +151,25 @@ def _train(model: keras.Model, options: Mapping[str, Any], bench: Workbench) -> 
             "a plan trains the model as it came; put a step such as `shrink`, `prune` or `quantize` before `train`"
         )
     learner, x = model, pack_inputs(model, split.x)
+    moves = options["shift"] > 0
+    if moves and not shifts(bench.original, split):
+        raise ConfigError(
+            f"a plan has `shift: {options['shift']}`, which is for models that take one image of at least {SMALLEST} x "
+            f"{SMALLEST} and name its class; leave it out"
+        )
     if bench.distills:
-        teacher = bench.original if bench.folder is None else record(bench.original, x, bench.folder)
+        recorded = bench.folder is not None and not moves  # of shifted images there is no record
+        teacher = record(bench.original, x, bench.folder) if recorded else bench.original
         learner = distill(model, teacher, temperature=options["temperature"], alpha=options["alpha"])
     steps = options["epochs"] * _steps_per_epoch(split)
     rate = keras.optimizers.schedules.CosineDecay(options["learning_rate"], decay_steps=max(1, steps))
     learner.compile(keras.optimizers.Adam(rate), loss=bench.loss, steps_per_execution=STEPS_AT_ONCE)
+    given: dict[str, Any] = {"x": x, "y": split.y, "batch_size": BATCH_SIZE}
+    if moves:
+        moved = Shifted(split.x[0], split.y, options["shift"], BATCH_SIZE, int(np.random.randint(2**31)))
+        given = {"x": moved, "shuffle": False}
     learner.fit(
-        x, split.y, batch_size=BATCH_SIZE, epochs=options["epochs"], verbose=0,
+        **given, epochs=options["epochs"], verbose=0,
         callbacks=[_Progress(bench.tell, options["epochs"]), StopTraining(bench.interruption)],
     )  # fmt: skip
     return model
