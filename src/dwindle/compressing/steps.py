@@ -158,15 +158,16 @@ def _train(model: keras.Model, options: Mapping[str, Any], bench: Workbench) -> 
             f"{SMALLEST} and name its class; leave it out"
         )
     if bench.distills:
-        recorded = bench.folder is not None and not moves  # of shifted images there is no record
-        teacher = record(bench.original, x, bench.folder) if recorded else bench.original
+        teacher: Any = bench.original
+        if bench.folder is not None and not moves:  # of shifted images there is no record
+            teacher = record(bench.original, x, bench.folder)
         learner = distill(model, teacher, temperature=options["temperature"], alpha=options["alpha"])
     steps = options["epochs"] * _steps_per_epoch(split)
     rate = keras.optimizers.schedules.CosineDecay(options["learning_rate"], decay_steps=max(1, steps))
     learner.compile(keras.optimizers.Adam(rate), loss=bench.loss, steps_per_execution=STEPS_AT_ONCE)
     given: dict[str, Any] = {"x": x, "y": split.y, "batch_size": BATCH_SIZE}
     if moves:
-        moved = Shifted(split.x[0], split.y, options["shift"], BATCH_SIZE, int(np.random.randint(2**31)))
+        moved = Shifted(split.x[0], np.asarray(split.y), options["shift"], BATCH_SIZE, int(np.random.randint(2**31)))
         given = {"x": moved, "shuffle": False}
     learner.fit(
         **given, epochs=options["epochs"], verbose=0,
