@@ -37,6 +37,26 @@ def test_every_source_computes_the_same_and_trains(name, sources, trained, digit
     pruned.fit(x[:64], y[:64], verbose=0)
 
 
+def test_a_signatures_inputs_and_outputs_are_in_the_order_of_their_names(tmp_path):
+    layers = keras.layers
+    lengths = {"vector": 3, "b10": 5, "image": 2, "b9": 4, "mask": 1}
+    inputs = [keras.Input((n,), name=name) for name, n in lengths.items()]
+    joined = layers.Concatenate()(inputs)
+    model = keras.Model(inputs, [layers.Dense(n + 1)(joined) for n in range(12)])  # output_0, … output_11
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model.export(tmp_path / "saved", format="tf_saved_model", verbose=False)
+    loaded = dw.load(tmp_path / "saved")
+    names = ["b9", "b10", "image", "mask", "vector"]
+    assert [(tensor.name, tensor.shape[1]) for tensor in loaded.inputs] == [(name, lengths[name]) for name in names]
+    x = {name: np.random.default_rng(0).random((3, n), np.float32) for name, n in lengths.items()}
+    found = loaded.predict_on_batch([x[name] for name in names])
+    expected = model.predict_on_batch(list(x.values()))
+    assert [y.shape[1] for y in found] == list(range(1, 13))
+    for y, z in zip(found, expected, strict=True):
+        np.testing.assert_allclose(y, z, rtol=1e-4, atol=1e-5)
+
+
 def test_a_keras_model_is_returned_as_it_is(trained):
     assert dw.load(trained) is trained
 

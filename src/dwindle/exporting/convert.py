@@ -16,7 +16,7 @@ import keras
 import numpy as np
 
 from dwindle.errors import ConfigError, ConversionError, UnsupportedModelError
-from dwindle.lifting.flatbuffer import named_as_layers, ordered, read_graph, resizable
+from dwindle.lifting.flatbuffer import counted, named_as_layers, ordered, read_graph, resizable
 from dwindle.weights import is_graph
 
 
@@ -128,6 +128,8 @@ def _unrolled(model: keras.Model) -> Iterator[None]:
 def saved_model_file(folder: Path) -> bytes:
     """Return the float32 LiteRT file of a SavedModel's ``serving_default`` signature.
 
+    Inputs and outputs are in the order of their names, ``output_2`` before ``output_10``: a signature has no other.
+
     Raises:
         ConversionError: If it has no such signature, or the converter fails.
         UnsupportedModelError: If it has float8 weights.
@@ -148,7 +150,9 @@ def saved_model_file(folder: Path) -> bytes:
                 raise UnsupportedModelError(
                     f"`{folder}` has float8 weights, which LiteRT can't hold; load the model that it was exported from"
                 )
-            given = serving.structured_input_signature[1]
+            # TensorFlow gives them in another order each time, and the model's own is not in the folder.
+            signed = serving.structured_input_signature[1]
+            given = {name: signed[name] for name in sorted(signed, key=counted)}
             # A batch of one makes shapes constant, where an open one would be computed by operators in the file.
             specs = [tf.TensorSpec([1, *spec.shape[1:]], spec.dtype, name=name) for name, spec in given.items()]
             module = tf.Module()

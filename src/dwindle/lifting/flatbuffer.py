@@ -360,7 +360,7 @@ def resizable(content: bytes) -> bytes:
 
 
 def ordered(content: bytes, inputs: list[str]) -> bytes:
-    """Return the file with its inputs in the given order of signature names, and its outputs sorted by name.
+    """Return the file with its inputs in the given order of signature names, and its outputs as `counted` sorts them.
 
     The converter orders both as it likes; a model's callers count on the model's order.
     """
@@ -369,13 +369,19 @@ def ordered(content: bytes, inputs: list[str]) -> bytes:
         return content
     main, signature = model.subgraphs[0], model.signatureDefs[0]
     by_name = {entry.name.decode("utf8"): entry.tensorIndex for entry in signature.inputs or []}
-    results = sorted((entry.name.decode("utf8"), entry.tensorIndex) for entry in signature.outputs or [])
+    named = [(entry.name.decode("utf8"), entry.tensorIndex) for entry in signature.outputs or []]
+    results = sorted(named, key=lambda pair: counted(pair[0]))
     if sorted(by_name.values()) != sorted(_list(main.inputs)) or set(by_name) != set(inputs):
         return content
     main.inputs = np.array([by_name[name] for name in inputs], np.int32)
     if sorted(index for _, index in results) == sorted(_list(main.outputs)):
         main.outputs = np.array([index for _, index in results], np.int32)
     return serialize(model)
+
+
+def counted(name: str) -> list[str | int]:
+    """Return a key that sorts names as people count: ``output_2`` before ``output_10``."""
+    return [int(part) if part.isdigit() else part for part in re.split(r"([0-9]+)", name)]
 
 
 def short_name(name: str) -> str:
