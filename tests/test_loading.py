@@ -11,6 +11,7 @@ import pytest
 
 import dwindle as dw
 from dwindle.exporting import float_file
+from dwindle.exporting.convert import quiet
 
 
 @pytest.fixture(scope="module")
@@ -55,6 +56,64 @@ def test_a_signatures_inputs_and_outputs_are_in_the_order_of_their_names(tmp_pat
     assert [y.shape[1] for y in found] == list(range(1, 13))
     for y, z in zip(found, expected, strict=True):
         np.testing.assert_allclose(y, z, rtol=1e-4, atol=1e-5)
+
+
+def saved(tmp_path, shape, function):
+    """Write a SavedModel with one input `x` of a shape; return its path."""
+    import tensorflow as tf
+
+    module = tf.Module()
+    module.serve = tf.function(lambda x: {"y": function(tf, x)}, input_signature=[tf.TensorSpec(shape, name="x")])
+    with quiet():
+        tf.saved_model.save(module, str(tmp_path / "saved"), signatures={"serving_default": module.serve})
+    return tmp_path / "saved"
+
+
+def converted(folder):
+    import tensorflow as tf
+
+    with quiet():
+        content = tf.lite.TFLiteConverter.from_saved_model(str(folder)).convert()
+    return (folder.parent / "saved.tflite").write_bytes(content) and folder.parent / "saved.tflite"
+
+
+def test_open_lengths_are_no_lengths_of_one(tmp_path):
+    folder = saved(tmp_path, (None, None, None, 3), lambda tf, x: tf.reduce_mean(tf.nn.relu(x), [1, 2]))
+    with pytest.raises(dw.UnsupportedModelError, match=r"`x` has the shape \(None, None, None, 3\) in the signature"):
+        dw.load(folder)
+    with pytest.raises(dw.UnsupportedModelError, match=r"`x` has the open lengths \[-1, -1, -1, 3\]; convert"):
+        dw.load(converted(folder))
+
+
+def test_a_fixed_number_of_samples_is_refused_by_its_name(tmp_path):
+    folder = saved(tmp_path, (4, 3), lambda tf, x: tf.nn.relu(x))
+    with pytest.raises(dw.UnsupportedModelError, match="`x` has a fixed batch of 4 in the signature"):
+        dw.load(folder)
+    with pytest.raises(dw.UnsupportedModelError, match="`x` has a fixed batch of 4 in the file"):
+        dw.load(converted(folder))
+
+
+def test_what_litert_has_not_is_named_without_the_converters_places(tmp_path):
+    folder = saved(tmp_path, (None, 3, 3), lambda tf, x: tf.linalg.det(x))
+    with pytest.raises(dw.ConversionError) as caught:
+        dw.load(folder)
+    words = "can't be converted to LiteRT: 'tf.MatrixDeterminant' op is neither a custom op nor a flex op"
+    assert str(caught.value) == f"`{folder}` {words}"
+
+
+@pytest.mark.parametrize("name", ["model.keras", "model.h5"])
+def test_a_class_that_is_not_known_is_named(name, tmp_path):
+    class Scale(keras.layers.Layer):
+        def call(self, x):
+            return 2 * x
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        keras.Sequential([keras.Input((3,)), Scale(), keras.layers.Dense(2)]).save(tmp_path / name)
+    with pytest.raises(dw.UnsupportedModelError, match=r"the class `Scale`, which is not known; import what registers"):
+        dw.load(tmp_path / name)
+    with keras.utils.custom_object_scope({"Scale": Scale}):
+        assert isinstance(dw.load(tmp_path / name).layers[0], Scale)
 
 
 def test_a_keras_model_is_returned_as_it_is(trained):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import os
+import re
 import sys
 import tempfile
 import warnings
@@ -132,7 +133,7 @@ def saved_model_file(folder: Path) -> bytes:
 
     Raises:
         ConversionError: If it has no such signature, or the converter fails.
-        UnsupportedModelError: If it has float8 weights.
+        UnsupportedModelError: If it has float8 weights, or an input of several samples or of open lengths.
     """
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     with quiet():
@@ -153,8 +154,7 @@ def saved_model_file(folder: Path) -> bytes:
             # TensorFlow gives them in another order each time, and the model's own is not in the folder.
             signed = serving.structured_input_signature[1]
             given = {name: signed[name] for name in sorted(signed, key=counted)}
-            # A batch of one makes shapes constant, where an open one would be computed by operators in the file.
-            specs = [tf.TensorSpec([1, *spec.shape[1:]], spec.dtype, name=name) for name, spec in given.items()]
+            specs = [tf.TensorSpec(_for_one(name, spec), spec.dtype, name=name) for name, spec in given.items()]
             module = tf.Module()
             module.loaded = loaded
             module.serve = tf.function(
@@ -169,6 +169,25 @@ def saved_model_file(folder: Path) -> bytes:
             raise ConversionError(f"`{folder}` can't be converted to LiteRT: {reason(error)}") from error
     freed = resizable(content)
     return freed if _same_in_batches(content, freed) else content
+
+
+def _for_one(name: str, spec: Any) -> list[int]:
+    """Return an input's shape for one sample, which makes shapes constant; open ones would be computed in the file.
+
+    Raises:
+        UnsupportedModelError: If that shape is not known, or the input takes another number of samples.
+    """
+    shape = None if spec.shape.rank is None else spec.shape.as_list()
+    if not shape or None in shape[1:]:
+        given = "any shape" if shape is None else f"the shape {tuple(shape)}"
+        raise UnsupportedModelError(
+            f"input `{name}` has {given} in the signature; fix every length there but the first, the number of samples"
+        )
+    if shape[0] not in (None, 1):
+        raise UnsupportedModelError(
+            f"input `{name}` has a fixed batch of {shape[0]} in the signature; export it with an open one, or 1"
+        )
+    return [1, *shape[1:]]
 
 
 def _convert_folder(tf: Any, folder: str) -> bytes:
@@ -215,7 +234,9 @@ def reason(error: Exception) -> str:
     """Return the line of a converter's message that says what is wrong."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     telling = [line for line in lines if "error:" in line or "Flex" in line or "Select" in line]
-    return (telling or lines or [type(error).__name__])[0][:500]
+    found = (telling or lines or [type(error).__name__])[0]
+    # What comes before is where it is in the converter's own graph.
+    return re.sub(r"^.*error: (loc\(.*\): )?", "", found)[:500]
 
 
 @contextlib.contextmanager

@@ -379,6 +379,23 @@ def ordered(content: bytes, inputs: list[str]) -> bytes:
     return serialize(model)
 
 
+def refuse_open_lengths(content: bytes) -> None:
+    """Raise if an input has an open length that is 1 in the file, other than the number of samples.
+
+    Raises:
+        UnsupportedModelError: Naming the input: a model of that shape would take nothing else.
+    """
+    graph = read_graph(content)
+    tensors = parse(content).subgraphs[0].tensors
+    for name, tensor in zip(graph.input_names, graph.inputs, strict=True):
+        signature = _list(tensors[tensor.index].shapeSignature)
+        if any(open_ == -1 and size == 1 for open_, size in zip(signature[1:], tensor.shape[1:], strict=False)):
+            raise UnsupportedModelError(
+                f"input `{name}` has the open lengths {signature}; convert the model with every length fixed "
+                "but the first, the number of samples"
+            )
+
+
 def counted(name: str) -> list[str | int]:
     """Return a key that sorts names as people count: ``output_2`` before ``output_10``."""
     return [int(part) if part.isdigit() else part for part in re.split(r"([0-9]+)", name)]

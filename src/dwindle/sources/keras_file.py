@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -28,12 +29,34 @@ def read(path: Path, trust: bool) -> Any:
             "if you know where the file comes from, allow it with --trust (trust=True)"
         )
     if not (isinstance(config, dict) and config.get("compile_config")):
-        return keras.saving.load_model(path, compile=False, safe_mode=not trust)
+        return _uncompiled(path, trust)
     try:
         return keras.saving.load_model(path, safe_mode=not trust)
     except (TypeError, ValueError):
         # Often a loss or metric of the user's own, which is not needed to compress the model.
+        return _uncompiled(path, trust)
+
+
+def _uncompiled(path: Path, trust: bool) -> Any:
+    """Load a model without its training.
+
+    Raises:
+        UnsupportedModelError: If a class in it is not known.
+    """
+    import keras
+
+    try:
         return keras.saving.load_model(path, compile=False, safe_mode=not trust)
+    except (TypeError, ValueError) as error:
+        found = re.search(r"(?:Could not locate class|Unknown layer:) '(\w+)'", str(error))
+        if found is None:
+            raise
+        name = found.group(1)
+        raise UnsupportedModelError(
+            f"`{path}` has a layer or model of the class `{name}`, which is not known; import what registers it "
+            "(keras.saving.register_keras_serializable), or load inside "
+            f"keras.utils.custom_object_scope({{{name!r}: {name}}})"
+        ) from None
 
 
 def _config(path: Path) -> Any:
@@ -67,7 +90,6 @@ def _code_in(config: Any) -> str:
 def read_h5(path: Path, trust: bool) -> Any:
     """Load an ``.h5`` file of Keras 2 or 3; Lambda layers only with ``trust``."""
     import h5py
-    import keras
 
     if not h5py.is_hdf5(path):
         raise UnsupportedModelError(f"`{path}` is no HDF5 file, or a damaged one; save one with model.save()")
@@ -83,4 +105,4 @@ def read_h5(path: Path, trust: bool) -> Any:
             f"`{path}` holds Python code ({where}), which would run when it is loaded; "
             "if you know where the file comes from, allow it with --trust (trust=True)"
         )
-    return keras.saving.load_model(path, compile=False, safe_mode=not trust)
+    return _uncompiled(path, trust)

@@ -7,8 +7,15 @@ from typing import Any
 
 
 def read(path: Path, trust: bool) -> Any:
-    """Lift the file."""
+    """Lift the file.
+
+    Raises:
+        UnsupportedModelError: If it can't be lifted, or leaves lengths of an input open.
+    """
     del trust
     from dwindle.lifting import lift
+    from dwindle.lifting.flatbuffer import refuse_open_lengths
 
-    return lift(path, name=path.stem)
+    content = path.read_bytes()
+    refuse_open_lengths(content)
+    return lift(content, name=path.stem)
