@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import sys
 import warnings
 
+import h5py
 import keras
 import numpy as np
 import pytest
@@ -114,6 +116,43 @@ def test_a_class_that_is_not_known_is_named(name, tmp_path):
         dw.load(tmp_path / name)
     with keras.utils.custom_object_scope({"Scale": Scale}):
         assert isinstance(dw.load(tmp_path / name).layers[0], Scale)
+
+
+def test_an_h5_of_keras_2_has_arguments_that_keras_3_does_not_know(tmp_path):
+    layers = keras.layers
+    images, steps = keras.Input((12, 12, 4)), keras.Input((6, 5))
+    x = layers.Conv2D(8, 3, groups=2)(images)
+    x = layers.SeparableConv2D(6, 3)(layers.DepthwiseConv2D(3)(x))
+    x = layers.GlobalAveragePooling2D()(layers.Conv2DTranspose(6, 3)(x))
+    y = layers.Bidirectional(layers.GRU(4))(layers.LSTM(8, return_sequences=True)(steps))
+    model = keras.Model([images, steps], layers.Dense(3)(layers.Concatenate()([x, y])))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model.save(tmp_path / "model.h5")
+    unused = dict.fromkeys(["kernel_initializer", "kernel_regularizer", "kernel_constraint"])
+    # What a file of tf_keras 2.21 has besides, found by writing one.
+    more = {
+        "DepthwiseConv2D": {"groups": 1}, "SeparableConv2D": {"groups": 1, **unused}, "Conv2DTranspose": {"groups": 1},
+        "LSTM": {"time_major": False, "implementation": 2}, "GRU": {"time_major": False, "implementation": 2},
+    }  # fmt: skip
+
+    def older(part):
+        if isinstance(part, dict):
+            if isinstance(part.get("config"), dict):
+                part["config"] |= more.get(part.get("class_name"), {})
+            part = list(part.values())
+        for inner in part if isinstance(part, list) else []:
+            older(inner)
+
+    with h5py.File(tmp_path / "model.h5", "r+") as file:
+        config = json.loads(file.attrs["model_config"])
+        older(config)
+        file.attrs["model_config"] = json.dumps(config)
+    before = (tmp_path / "model.h5").read_bytes()
+    generator = np.random.default_rng(0)
+    inputs = [generator.random((2, *tensor.shape[1:]), np.float32) for tensor in model.inputs]
+    np.testing.assert_array_equal(dw.load(tmp_path / "model.h5")(inputs), model(inputs))
+    assert (tmp_path / "model.h5").read_bytes() == before
 
 
 def test_a_keras_model_is_returned_as_it_is(trained):

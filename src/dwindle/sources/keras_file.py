@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
+import tempfile
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -11,6 +13,12 @@ from typing import Any
 from dwindle.errors import UnsupportedModelError
 
 _LARGEST_CONFIG_BYTES = 64_000_000
+# Arguments of layers that Keras 2 had, at the value that Keras 3 always computes with.
+_DROPPED = {"time_major": False, "groups": 1}
+_STILL_GROUPED = {"Conv1D", "Conv2D", "Conv3D", "GroupNormalization"}
+# Those that had no effect.
+_UNUSED = {name: {"kernel_initializer", "kernel_regularizer", "kernel_constraint"}
+           for name in ("SeparableConv1D", "SeparableConv2D")}  # fmt: skip
 
 
 def read(path: Path, trust: bool) -> Any:
@@ -37,25 +45,30 @@ def read(path: Path, trust: bool) -> Any:
         return _uncompiled(path, trust)
 
 
-def _uncompiled(path: Path, trust: bool) -> Any:
-    """Load a model without its training.
+def _uncompiled(path: Path, trust: bool, *, name: Path | None = None) -> Any:
+    """Load a model without its training; ``name`` is what errors call the file, if not its path.
 
     Raises:
-        UnsupportedModelError: If a class in it is not known.
+        UnsupportedModelError: If a class in it is not known, or Keras 2 wrote it in a way that Keras 3 can't read.
     """
     import keras
 
     try:
         return keras.saving.load_model(path, compile=False, safe_mode=not trust)
     except (TypeError, ValueError) as error:
+        if (version := _version(path)).startswith("2."):
+            raise UnsupportedModelError(
+                f"`{path}` was written by Keras {version} and can't be read by Keras 3; save it there as .h5 or as a "
+                "SavedModel folder"
+            ) from None
         found = re.search(r"(?:Could not locate class|Unknown layer:) '(\w+)'", str(error))
         if found is None:
             raise
-        name = found.group(1)
+        kind = found.group(1)
         raise UnsupportedModelError(
-            f"`{path}` has a layer or model of the class `{name}`, which is not known; import what registers it "
-            "(keras.saving.register_keras_serializable), or load inside "
-            f"keras.utils.custom_object_scope({{{name!r}: {name}}})"
+            f"`{name or path}` has a layer or model of the class `{kind}`, which is not known; import what registers "
+            "it (keras.saving.register_keras_serializable), or load inside "
+            f"keras.utils.custom_object_scope({{{kind!r}: {kind}}})"
         ) from None
 
 
@@ -70,6 +83,15 @@ def _config(path: Path) -> Any:
         raise UnsupportedModelError(
             f"`{path}` is no Keras file (a zip archive with a `config.json`), or damaged; save one with model.save()"
         ) from None
+
+
+def _version(path: Path) -> str:
+    """Return the version of Keras that wrote a ``.keras`` file; an empty string for other files."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return str(json.loads(archive.read("metadata.json")).get("keras_version", ""))
+    except (zipfile.BadZipFile, KeyError, ValueError, AttributeError):
+        return ""
 
 
 def _code_in(config: Any) -> str:
@@ -105,4 +127,28 @@ def read_h5(path: Path, trust: bool) -> Any:
             f"`{path}` holds Python code ({where}), which would run when it is loaded; "
             "if you know where the file comes from, allow it with --trust (trust=True)"
         )
-    return _uncompiled(path, trust)
+    modern = _modern(config)
+    if modern == config:
+        return _uncompiled(path, trust)
+    with tempfile.TemporaryDirectory() as folder:
+        copied = Path(shutil.copy(path, folder))
+        with h5py.File(copied, "r+") as file:
+            file.attrs["model_config"] = json.dumps(modern)
+        return _uncompiled(copied, trust, name=path)
+
+
+def _modern(config: Any) -> Any:
+    """Return a config without the arguments that layers of Keras 3 do not know."""
+    if isinstance(config, list):
+        return [_modern(part) for part in config]
+    if not isinstance(config, dict):
+        return config
+    found = {key: _modern(value) for key, value in config.items()}
+    given = found.get("config")
+    if isinstance(given, dict):
+        dropped = {key for key, value in _DROPPED.items() if key in given and given[key] == value}
+        if found.get("class_name") in _STILL_GROUPED:
+            dropped -= {"groups"}
+        dropped |= _UNUSED.get(str(found.get("class_name")), set())
+        found["config"] = {key: value for key, value in given.items() if key not in dropped}
+    return found
