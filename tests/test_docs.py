@@ -104,6 +104,17 @@ def test_the_support_table_is_what_running_it_gives():
     assert made == (ROOT / "docs" / "support.md").read_text(encoding="utf8")
 
 
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # PyTorch's exporter warns about its own code
+def test_the_table_of_pytorch_is_what_running_it_gives():
+    import runpy
+
+    pytest.importorskip("torch")
+    pytest.importorskip("onnxscript")
+    made = runpy.run_path(str(ROOT / "scripts" / "support_table.py"))["torch_table"]()
+    assert made == (ROOT / "docs" / "support-pytorch.md").read_text(encoding="utf8")
+
+
 def test_the_page_on_compress_runs(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     text = (ROOT / "docs" / "compress.md").read_text(encoding="utf8")

@@ -77,7 +77,7 @@ def run_options(sub: argparse.ArgumentParser, out: str) -> None:
         help="how progress is shown on standard error (default auto: live on a terminal, else plain lines)",
     )  # fmt: skip
     sub.add_argument("--quiet", action="store_true", help="show no progress")
-    sub.add_argument("--trust", action="store_true", help="let code in the model file run (Lambda layers)")
+    sub.add_argument("--trust", action="store_true", help="let code in the model file run (Lambda layers, .pt2)")
 
 
 PROGRESS = ("auto", "live", "plain", "json", "none")

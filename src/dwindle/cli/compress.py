@@ -40,7 +40,7 @@ def add_plan(commands: Any) -> None:
 
 
 def _options(sub: Any) -> None:
-    sub.add_argument("model", metavar="MODEL", help=".keras, .h5, .tflite, .onnx or a SavedModel folder")
+    sub.add_argument("model", metavar="MODEL", help=".keras, .h5, .tflite, .onnx, .pt2 or a SavedModel folder")
     data_options(sub, required=True)
     sub.add_argument("--max-drop", metavar="DROP", help="largest loss of the metric, such as 0.5%% or 0.005")
     sub.add_argument("--max-relative-drop", metavar="DROP", help="the same, of the original's metric, such as 2%%")
