@@ -200,6 +200,15 @@ def test_what_is_refused_of_onnx(tmp_path, monkeypatch):
     says(page, "weights outside the folder", "outside.onnx")
     Path("broken.onnx").write_text("no model")
     says(page, "a damaged file", "broken.onnx")
+    words = model("Identity", {"words": (1, 3)})
+    words.graph.input[0].type.tensor_type.elem_type = TensorProto.STRING
+    says(page, "text", words)
+    several = model("SequenceLength", {"list": (1, 3)})
+    several.graph.input[0].CopyFrom(helper.make_tensor_sequence_value_info("list", TensorProto.FLOAT, (1, 3)))
+    says(page, "sequences", several)
+    sparse = model("Relu", {"x": (1, 3)})
+    sparse.graph.sparse_initializer.add().values.name = "few"
+    says(page, "sparse constants", sparse)
     branch = helper.make_graph(
         [helper.make_node("Relu", ["x"], ["z"])], "branch", [], [helper.make_tensor_value_info("z", 1, None)]
     )  # fmt: skip
