@@ -28,6 +28,13 @@ STEP_OPTIONS: dict[str, dict[str, Any]] = {
 }
 
 
+def schemes_in(scheme: Any) -> list[Any]:
+    """Return the names of schemes that a step's ``scheme`` has: its own, or those of a mapping's layers."""
+    if isinstance(scheme, Mapping):
+        return list(scheme.values())
+    return [] if scheme is None else [scheme]
+
+
 @dataclass(frozen=True, kw_only=True)
 class Plan:
     """A named list of steps.
@@ -62,11 +69,12 @@ class Plan:
                         f"{did_you_mean(key, known)}"
                     )
             scheme = options.get("scheme")
-            if scheme is not None and scheme not in SCHEMES:
-                raise ConfigError(
-                    f"step `{step}` of plan `{self.name}` has scheme {scheme!r}; known are {', '.join(SCHEMES)}"
-                    f"{did_you_mean(scheme, SCHEMES)}"
-                )
+            for one in schemes_in(scheme):
+                if one not in SCHEMES:
+                    raise ConfigError(
+                        f"step `{step}` of plan `{self.name}` has scheme {one!r}; known are {', '.join(SCHEMES)}, or a "
+                        f"mapping from layers or operators to these{did_you_mean(str(one), SCHEMES)}"
+                    )
             filled.append((step, {**known, **options}))
         object.__setattr__(self, "steps", tuple(filled))
 

@@ -102,7 +102,7 @@ def _packed_bytes(path: Path, working: Path) -> int:
         packed.unlink(missing_ok=True)
 
 
-def _simulated(model: keras.Model, scheme: str, samples: Any) -> keras.Model:
+def _simulated(model: keras.Model, scheme: Any, samples: Any) -> keras.Model:
     """Return the trainable twin of the quantized file, or the model itself where it can't be lifted."""
     try:
         return quantize(model, scheme, samples)
