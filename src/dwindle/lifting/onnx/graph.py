@@ -51,6 +51,9 @@ class Graph:
         outputs: Names.
         version: Version of the standard operator set.
         shapes: Shapes of results as far as the file tells, 1 for open lengths.
+        opsets: Version of each operator set, "" for the standard one.
+        ir_version: Version of the file format.
+        message: The `onnx.ModelProto`, its functions inlined.
     """
 
     name: str
@@ -60,6 +63,9 @@ class Graph:
     outputs: list[str]
     version: int
     shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    opsets: dict[str, int] = field(default_factory=dict)
+    ir_version: int = 8
+    message: Any = None
 
 
 def require_onnx() -> Any:
@@ -109,9 +115,12 @@ def read_graph(source: Any) -> Graph:
     shapes = {
         value.name: tuple(max(1, n.dim_value) for n in value.type.tensor_type.shape.dim)
         for value in (*graph.value_info, *graph.output)
-        if value.type.HasField("tensor_type")
+        if value.type.HasField("tensor_type") and value.type.tensor_type.HasField("shape")
     }
-    return Graph(graph.name, nodes, constants, inputs, [value.name for value in graph.output], version, shapes)
+    return Graph(
+        graph.name, nodes, constants, inputs, [value.name for value in graph.output], version, shapes,
+        opsets={**versions, "": version}, ir_version=model.ir_version or 8, message=model,
+    )  # fmt: skip
 
 
 def _parsed(path: Path) -> Any:
