@@ -66,9 +66,9 @@ def refuse_islands(model: keras.Model, kind: str) -> None:
     for layer in model._flatten_layers():
         if isinstance(layer, OnnxIsland):
             raise UnsupportedModelError(
-                f"`{layer.name}` ({layer.operator}) has no entry in the table of ONNX operators and runs in ONNX Runtime, "
-                f"which {kind} can't hold; convert what lies before it: keras.Model(model.inputs, "
-                f"model.get_layer({layer.name!r}).input)"
+                f"`{layer.name}` ({layer.operator}) stays as in its ONNX file and runs in ONNX Runtime, which {kind} "
+                f"can't hold; convert what lies before it: "
+                f"keras.Model(model.inputs, model.get_layer({layer.name!r}).input)"
             )
 
 

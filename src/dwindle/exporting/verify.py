@@ -101,7 +101,7 @@ def compare(
     for number, (expected, found) in enumerate(zip(model_outputs, file_outputs, strict=True)):
         expected = np.asarray(expected, np.float32)
         found = np.asarray(found, np.float32).reshape(expected.shape)
-        error = np.abs(expected - found)
+        error = np.asarray(np.abs(expected - found))  # a number where there are no axes
         error[np.isnan(error)] = np.inf
         largest = float(error.max()) if error.size else 0.0
         worst = max(worst, largest)

@@ -155,9 +155,7 @@ class Builder(Arranger):
         try:
             layer = OnnxIsland.of(cut, operators, declared=self.graph.shapes, name=name)
         except UnsupportedModelError as error:
-            raise UnsupportedModelError(
-                f"{what} has {reason}, and can't stay as it is either: {error}"
-            ) from None
+            raise UnsupportedModelError(f"{what} has {reason}, and can't stay as it is either: {error}") from None
         given = [self.plain(self.values[entry]) for entry in cut.inputs]
         results = layer(given if len(given) > 1 else given[0])
         sizes = {str(n): n for entry in cut.inputs for n in self.values[entry].sizes}

@@ -75,8 +75,7 @@ def _check_size(node: Node, model: Any, given: Sequence[tuple[str, np.ndarray]])
         entries = prod(n.dim_value for n in result.type.tensor_type.shape.dim)
         if entries > LARGEST_RESULT:
             raise UnsupportedModelError(
-                f"{node.kind} `{node.name}` would make a constant of {entries} entries; the largest is "
-                f"{LARGEST_RESULT}"
+                f"{node.kind} `{node.name}` would make a constant of {entries} entries; the largest is {LARGEST_RESULT}"
             )
 
 

@@ -97,11 +97,15 @@ class OnnxIsland(keras.layers.Layer):
             UnsupportedModelError: If nothing runs it, or it gives what is no tensor.
         """
         model = checked(cut.content)
-        given = [lengths for _, _, lengths in _ends(model.graph.input)]
         described = _results(cut, model, declared)
-        file = base64.b64encode(cut.content).decode("ascii")
-        return cls(operator=operator, file=file, given=[list(lengths or []) for lengths in given],
-                   shapes=[shape for _, shape in described], dtypes=[dtype for dtype, _ in described], name=name)  # fmt: skip
+        return cls(
+            operator=operator,
+            file=base64.b64encode(cut.content).decode("ascii"),
+            given=[list(lengths or []) for _, _, lengths in _ends(model.graph.input)],
+            shapes=[shape for _, shape in described],
+            dtypes=[dtype for dtype, _ in described],
+            name=name,
+        )
 
     @property
     def content(self) -> bytes:
@@ -137,8 +141,8 @@ class OnnxIsland(keras.layers.Layer):
         shapes = self._lengths([tuple(tensor.shape) for tensor in tensors])
         if any(None in shape for shape in shapes):
             raise UnsupportedModelError(
-                f"`{self.name}` ({self.operator}) gives results as long as its data says, which JAX can't compile; call "
-                "the model itself, compile it with run_eagerly=True, or use the TensorFlow backend"
+                f"`{self.name}` ({self.operator}) gives results as long as its data says, which JAX can't compile; "
+                "call the model itself, compile it with run_eagerly=True, or use the TensorFlow backend"
             )
         kinds = [
             jax.ShapeDtypeStruct(tuple(shape), _held(dtype)) for shape, dtype in zip(shapes, self.dtypes, strict=True)
@@ -165,7 +169,8 @@ class OnnxIsland(keras.layers.Layer):
         """Return the outputs' shapes and types."""
         shapes = self._lengths([tuple(tensor.shape) for tensor in keras.tree.flatten(inputs)])
         found = [
-            keras.KerasTensor(tuple(shape), dtype=_held(dtype)) for shape, dtype in zip(shapes, self.dtypes, strict=True)
+            keras.KerasTensor(tuple(shape), dtype=_held(dtype))
+            for shape, dtype in zip(shapes, self.dtypes, strict=True)
         ]
         return found[0] if len(found) == 1 else found
 
@@ -188,7 +193,7 @@ def _traced(tensors: Sequence[Any]) -> bool:
 
 
 def _ends(values: Sequence[Any]) -> list[tuple[str, str, list[Any] | None]]:
-    """Return name, NumPy type name ("" if not known) and lengths of inputs or outputs; None where nothing tells them."""
+    """Return name, NumPy type name and lengths of inputs or outputs; "" and None where nothing tells them."""
     from onnx import helper
 
     found = []
@@ -205,9 +210,7 @@ def _ends(values: Sequence[Any]) -> list[tuple[str, str, list[Any] | None]]:
     return found
 
 
-def _results(
-    cut: Cut, model: Any, declared: Mapping[str, tuple[int, ...]]
-) -> list[tuple[str, list[Any]]]:
+def _results(cut: Cut, model: Any, declared: Mapping[str, tuple[int, ...]]) -> list[tuple[str, list[Any]]]:
     """Return type and lengths of each result: by ONNX Runtime, by ONNX, by the file, at last by a run on zeros."""
     known = inferred(model).graph
     for value in known.output:

@@ -21,9 +21,8 @@ _SAMPLES = 2
 # Lengths that are tried for axes that stay open, since some networks need a certain size, and what integers are below:
 # rows of a table that may be short.
 _TRIED = ((32, 100), (64, 100), (224, 100), (32, 2), (64, 2), (224, 2))
-
-# Seconds after which a run is stopped: a file's loops have no end by themselves.
-_LONGEST_S = 60.0
+#: Seconds after which a run is stopped: a file's loops have no end by themselves.
+LONGEST_S = 60.0
 _RANDOM = {"RandomNormalLike", "RandomUniformLike", "Multinomial", "Bernoulli"}
 
 
@@ -46,7 +45,7 @@ def check(builder: Builder, model: keras.Model, source: Any) -> str:
         from dwindle.measuring.onnx_runtime import OnnxRunner
 
         content = source if isinstance(source, str | Path) else source.SerializeToString()
-        runner = OnnxRunner(content, limit_s=_LONGEST_S)
+        runner = OnnxRunner(content, limit_s=LONGEST_S)
     except MissingDependencyError:
         return "not compared with ONNX Runtime, which is not installed (pip install 'dwindle[onnx]')"
     except (DwindleError, ValueError) as error:
@@ -109,9 +108,7 @@ def _predicted(model: keras.Model, fed: list[Any]) -> list[np.ndarray]:
     return [keras.ops.convert_to_numpy(y) for y in keras.tree.flatten(found)]
 
 
-def _in_parts(
-    builder: Builder, source: Any, inputs: list[np.ndarray], fed: list[np.ndarray]
-) -> Verification | None:
+def _in_parts(builder: Builder, source: Any, inputs: list[np.ndarray], fed: list[np.ndarray]) -> Verification | None:
     """Compare what islands take, and the outputs, where islands give what ONNX Runtime says; None for other shapes."""
     given = list(dict.fromkeys(name for island in builder.islands for name in island.outputs))
     wanted = dict.fromkeys(name for island in builder.islands for name in island.inputs)
@@ -140,7 +137,7 @@ def _inside(source: Any, names: Sequence[str], inputs: list[np.ndarray]) -> dict
     there = {value.name for value in (*message.graph.output, *message.graph.input)}
     message.graph.output.extend(onnx.ValueInfoProto(name=name) for name in names if name not in there)
     try:
-        runner = OnnxRunner(message.SerializeToString(), limit_s=_LONGEST_S)
+        runner = OnnxRunner(message.SerializeToString(), limit_s=LONGEST_S)
         return dict(zip((spec.name for spec in runner.outputs), runner.run(*inputs), strict=True))
     except (DwindleError, ValueError):
         return None

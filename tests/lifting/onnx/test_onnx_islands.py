@@ -1,0 +1,373 @@
+"""Nodes without an entry stay as they are: against ONNX Runtime on the whole file, and what each verb does with them."""
+
+from contextlib import nullcontext
+
+import keras
+import numpy as np
+import pytest
+from onnx import TensorProto, external_data_helper, helper, numpy_helper
+
+import dwindle as dw
+from dwindle.errors import UnsupportedModelError
+from dwindle.lifting.onnx.cutting import checked
+from dwindle.lifting.onnx.islands import OnnxIsland
+from dwindle.measuring.onnx_runtime import OnnxRunner
+
+RNG = np.random.default_rng(2)
+FLOAT, INT64, BOOL = TensorProto.FLOAT, TensorProto.INT64, TensorProto.BOOL
+JAX = keras.backend.backend() == "jax"
+node, value_info = helper.make_node, helper.make_tensor_value_info
+
+
+def floats(*shape):
+    return (0.3 * RNG.normal(size=shape)).astype(np.float32)
+
+
+def network(nodes, constants, inputs, outputs, version=18):
+    """Return a model; inputs and outputs are shapes, or pairs of a type and a shape."""
+    ends = [
+        [value_info(name, *(given if isinstance(given[-1:][0], tuple) else (FLOAT, given))) for name, given in each.items()]
+        for each in (inputs, outputs)
+    ]  # fmt: skip
+    stored = [numpy_helper.from_array(np.asarray(value), name) for name, value in constants.items()]
+    opsets = [helper.make_opsetid("", version), helper.make_opsetid("com.microsoft", 1)]
+    return helper.make_model(helper.make_graph(nodes, "net", *ends, stored), opset_imports=opsets, ir_version=9)
+
+
+def graph(name, nodes, inputs, outputs):
+    """Return a branch or a body."""
+    kinds = {"i": INT64, "go": BOOL, "on": BOOL}
+    ends = [
+        [value_info(n, kinds.get(n, FLOAT), [] if n in kinds else None) for n in each] for each in (inputs, outputs)
+    ]
+    return helper.make_graph(nodes, name, *ends)
+
+
+def detector():
+    """A convolutional detector that ends in NonMaxSuppression."""
+    nodes = [
+        node("Conv", ["x", "w0"], ["a"], name="stem", pads=[1, 1, 1, 1], strides=[4, 4]), node("Relu", ["a"], ["b"]),
+        node("Conv", ["b", "w1"], ["c"], name="neck"), node("Relu", ["c"], ["d"]),
+        node("Conv", ["d", "w2"], ["e"], name="boxes"), node("Conv", ["d", "w3"], ["f"], name="scores"),
+        node("Reshape", ["e", "four"], ["g"]), node("Transpose", ["g"], ["h"], perm=[0, 2, 1]),
+        node("Reshape", ["f", "two"], ["i"]), node("Sigmoid", ["i"], ["s"]),
+        node("NonMaxSuppression", ["h", "s", "most", "overlap", "least"], ["y"], name="nms"),
+    ]  # fmt: skip
+    constants = {
+        "w0": floats(8, 3, 3, 3), "w1": floats(12, 8, 1, 1), "w2": floats(4, 12, 1, 1), "w3": floats(2, 12, 1, 1),
+        "four": np.array([0, 4, -1]), "two": np.array([0, 2, -1]), "most": np.array(5), "overlap": np.float32(0.5),
+        "least": np.float32(0.45),
+    }  # fmt: skip
+    return network(nodes, constants, {"x": ("N", 3, 32, 32)}, {"y": (INT64, ("M", 3)), "s": ("N", 2, 64)})
+
+
+def warped():
+    """A bilinear sampler between two convolutions."""
+    nodes = [node("Conv", ["x", "w"], ["a"], name="before"), node("GridSample", ["a", "grid"], ["b"], name="warp"),
+             node("Relu", ["b"], ["r"]), node("Conv", ["r", "v"], ["c"], name="after"),
+             node("Relu", ["c"], ["d"]), node("Conv", ["d", "u"], ["y"], name="last")]  # fmt: skip
+    constants = {"w": floats(6, 3, 1, 1), "v": floats(8, 6, 1, 1), "u": floats(4, 8, 1, 1)}
+    return network(nodes, constants, {"x": ("N", 3, 8, 8), "grid": ("N", 5, 5, 2)}, {"y": ("N", 4, 5, 5)})
+
+
+def branching():
+    """A network that takes one of two branches by the data; both read a tensor and a weight from outside."""
+    branches = {
+        f"{name}_branch": graph(name, [node(kind, ["b", "w"], ["o"])], [], ["o"])
+        for name, kind in (("then", "MatMul"), ("else", "Add"))
+    }
+    nodes = [node("MatMul", ["x", "w"], ["b"], name="first"), node("ReduceSum", ["x"], ["s"], keepdims=0),
+             node("Greater", ["s", "zero"], ["c"]), node("If", ["c"], ["r"], name="choice", **branches),
+             node("MatMul", ["r", "w"], ["y"], name="second")]  # fmt: skip
+    return network(nodes, {"w": floats(4, 4), "zero": np.float32(0)}, {"x": (4, 4)}, {"y": (4, 4)})
+
+
+def looping():
+    """A loop that runs once for each sample, with a tensor and a weight from outside, and results of each round."""
+    body = graph(
+        "body", [node("Identity", ["go"], ["on"]), node("Mul", ["state", "w"], ["scaled"]),
+                 node("Add", ["scaled", "b"], ["next"]), node("Identity", ["next"], ["each"])],
+        ["i", "go", "state"], ["on", "next", "each"],
+    )  # fmt: skip
+    nodes = [node("MatMul", ["x", "m"], ["b"], name="first"), node("Shape", ["x"], ["shape"]),
+             node("Gather", ["shape", "zero"], ["count"], axis=0),
+             node("Loop", ["count", "", "b"], ["end", "rounds"], name="loop", body=body),
+             node("ReduceSum", ["rounds", "axes"], ["sum"], keepdims=0), node("Add", ["end", "sum"], ["z"]),
+             node("MatMul", ["z", "m"], ["y"], name="second")]  # fmt: skip
+    constants = {"m": floats(4, 4), "w": floats(4), "zero": np.array(0), "axes": np.array([0])}
+    return network(nodes, constants, {"x": ("N", 4)}, {"y": ("N", 4)})
+
+
+def fused():
+    """Two products of ONNX Runtime's own operators in a row, the second with a constant that a node makes."""
+    nodes = [node("MatMul", ["x", "w"], ["a"], name="first"),
+             node("FusedMatMul", ["a", "v"], ["b"], name="one", domain="com.microsoft", alpha=0.5),
+             node("Constant", [], ["u"], value=numpy_helper.from_array(floats(5, 3))),
+             node("FusedMatMul", ["b", "u"], ["c"], name="two", domain="com.microsoft", alpha=2.0),
+             node("Relu", ["c"], ["d"]), node("MatMul", ["d", "t"], ["y"], name="last")]  # fmt: skip
+    return network(nodes, {"w": floats(4, 6), "v": floats(6, 5), "t": floats(3, 2)}, {"x": ("N", 4)}, {"y": ("N", 2)})
+
+
+def listing():
+    """Nodes without an entry in a row, with a sequence between them that only they see, and two results."""
+    nodes = [node("MatMul", ["x", "w"], ["a"], name="first"), node("NonZero", ["a"], ["where"], name="where"),
+             node("SequenceConstruct", ["where", "where"], ["list"], name="list"),
+             node("SequenceLength", ["list"], ["count"], name="count"),
+             node("Unique", ["where"], ["y"], name="distinct")]  # fmt: skip
+    outputs = {"y": (INT64, ("M",)), "count": (INT64, ()), "a": ("N", 3)}
+    return network(nodes, {"w": floats(4, 3)}, {"x": ("N", 4)}, outputs)
+
+
+MODELS = {"detector": detector, "warped": warped, "branching": branching, "looping": looping, "fused": fused,
+          "listing": listing}  # fmt: skip
+KEPT = {"detector": ["NonMaxSuppression"], "warped": ["GridSample"], "branching": ["If"], "looping": ["Loop"],
+        "fused": ["com.microsoft::FusedMatMul"], "listing": ["NonZero, SequenceConstruct, SequenceLength, Unique"]}  # fmt: skip
+
+
+def islands_of(model):
+    return [layer for layer in model.layers if isinstance(layer, OnnxIsland)]
+
+
+def random_inputs(message, samples):
+    runner = OnnxRunner(message.SerializeToString())
+    inputs = [floats(*(samples if n < 0 else n for n in spec.shape)) for spec in runner.inputs]
+    return inputs, runner.run(*inputs)
+
+
+def packed(arrays):
+    return arrays[0] if len(arrays) == 1 else arrays
+
+
+def assert_same(found, expected):
+    for a, b in zip(keras.tree.flatten(found), expected, strict=True):
+        a = keras.ops.convert_to_numpy(a)
+        assert a.shape == b.shape
+        assert a.dtype == b.dtype or (JAX and (a.dtype, b.dtype) == ("int32", "int64"))
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_it_gives_what_onnx_runtime_gives(name, tmp_path):
+    message = MODELS[name]()
+    model = dw.load(message)
+    assert model.notes[0].startswith("agrees with ONNX Runtime: ")
+    assert sorted(layer.operator for layer in islands_of(model)) == sorted(KEPT[name])
+    for layer in islands_of(model):
+        said = f"stays as in the file, in ONNX Runtime and without a gradient: `{layer.name}` ({layer.operator})"
+        assert any(note.startswith(said) and "no entry in the table of ONNX operators" in note for note in model.notes)
+    model.save(tmp_path / "m.keras")
+    again = dw.load(tmp_path / "m.keras")
+    for sign in (1, -1):  # a branch by the data goes both ways
+        inputs, _ = random_inputs(message, 4)
+        inputs = [sign * np.abs(x) for x in inputs]
+        expected = OnnxRunner(message.SerializeToString()).run(*inputs)
+        assert_same(model(packed(inputs)), expected)
+        assert_same(model.predict_on_batch(packed(inputs)), expected)  # compiled, where the backend can
+        assert_same(again(packed(inputs)), expected)
+
+
+@pytest.mark.skipif(not JAX, reason="only JAX needs to know how long results are")
+def test_compiled_by_jax():
+    import jax
+
+    message = fused()
+    (x,), expected = random_inputs(message, 3)
+    model = dw.load(message)
+    assert_same(jax.jit(lambda x: model(x))(x), expected)
+    model = dw.load(detector())
+    with pytest.raises(UnsupportedModelError, match="as long as its data says, which JAX can't compile"):
+        jax.jit(lambda x: model(x))(floats(2, 3, 32, 32))
+
+
+def test_the_loop_gets_the_number_of_samples():
+    message = looping()
+    model = dw.load(message)
+    (loop,) = islands_of(model)
+    assert [found.op_type for found in checked(loop.content).graph.node].count("Loop") == 1
+    for samples in (1, 2, 5):
+        inputs, expected = random_inputs(message, samples)
+        assert_same(model(inputs[0]), expected)
+
+
+def test_lengths_that_follow_the_inputs():
+    (warp,) = islands_of(dw.load(warped()))
+    assert warp.given == [["batch", 6, 8, 8], ["batch", 5, 5, 2]]
+    assert warp.shapes == [["batch", 6, 5, 5]]
+    assert warp.compute_output_shape([(7, 6, 8, 8), (7, 5, 5, 2)]) == (7, 6, 5, 5)
+    (nms,) = islands_of(dw.load(detector()))
+    assert nms.shapes == [[None, 3]]
+    assert nms.dtypes == ["int64"]
+
+
+def test_no_box_is_left():
+    model = dw.load(detector())
+    boxes, scores = model(np.full((2, 3, 32, 32), -100.0, np.float32))
+    if float(keras.ops.max(scores)) <= 0.45:
+        assert boxes.shape == (0, 3)
+    assert boxes.shape[1] == 3
+
+
+def test_the_rest_trains(tmp_path):
+    message = fused()
+    model = dw.load(message)
+    (island,) = islands_of(model)
+    x, y = floats(16, 4), floats(16, 2)
+    before = {v.path: keras.ops.convert_to_numpy(v) for v in model.trainable_variables}
+    frozen = island.file
+    model.compile("sgd", "mse")
+    silent = keras.backend.backend() != "tensorflow"
+    with nullcontext() if silent else pytest.warns(UserWarning, match="Gradients do not exist for variables"):
+        model.fit(x, y, batch_size=16, epochs=1, verbose=0)
+    moved = {v.path.split("/")[0] for v in model.trainable_variables
+             if not np.array_equal(before[v.path], keras.ops.convert_to_numpy(v))}  # fmt: skip
+    # No gradient passes the island, so that what lies behind it is trained, and what lies before it is not.
+    assert moved == {"last"}
+    assert island.file == frozen
+    assert island.trainable_variables == []
+    expected = keras.ops.convert_to_numpy(model(x))
+    model.save(tmp_path / "trained.keras")
+    np.testing.assert_array_equal(dw.load(tmp_path / "trained.keras")(x), expected)
+
+
+def test_channels_next_to_it_stay():
+    model = dw.load(warped(), layout="channels_last")
+    slim = dw.prune(model, 0.5, structure="channel")
+    shapes = {name: slim.get_layer(name).kernel.shape for name in ("before", "after", "last")}
+    # The sampler was made for 6 channels; those behind the next convolution are nobody's but its own.
+    assert shapes["before"] == (1, 1, 3, 6)
+    assert shapes["after"][2] == 6
+    assert shapes["after"][3] < 8
+    assert shapes["last"][2] == shapes["after"][3]
+    x, grid = floats(2, 8, 8, 3), floats(2, 5, 2, 5)
+    assert slim([x, grid]).shape == (2, 5, 5, 4)
+    slim = dw.prune(dw.load(detector()), 0.5, structure="channel")
+    assert tuple(slim.get_layer("neck").kernel.shape) == (1, 1, 4, 6)
+    assert slim.get_layer("boxes").kernel.shape[3] == 4
+    assert slim.get_layer("scores").kernel.shape[3] == 2
+
+
+@pytest.mark.parametrize("verb", [
+    lambda model, folder: dw.export(model, folder / "m.tflite"),
+    lambda model, _: dw.quantize(model, "int8", np.zeros((4, 4), np.float32)),
+    lambda model, _: dw.lift(model),
+], ids=["export", "quantize", "lift"])  # fmt: skip
+def test_a_litert_file_can_not_hold_it(verb, tmp_path):
+    model = dw.load(fused())
+    with pytest.raises(UnsupportedModelError, match=(
+        r"`one` \(com.microsoft::FusedMatMul\) stays as in its ONNX file and runs in ONNX Runtime, which a .tflite can't "
+        r"hold; convert what lies before it: keras.Model\(model.inputs, model.get_layer\('one'\).input\)"
+    )):  # fmt: skip
+        verb(model, tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_lies_before_it_is_exported(tmp_path):
+    model = dw.load(detector(), layout="channels_last")
+    before = keras.Model(model.inputs, model.get_layer("nms").input)
+    x = RNG.random((64, 32, 32, 3)).astype(np.float32)
+    assert dw.export(before, tmp_path / "m.tflite", "int8", x).verification.passed
+
+
+@pytest.mark.skipif(keras.backend.backend() != "tensorflow", reason="TensorFlow writes SavedModels")
+def test_a_saved_model_can_not_hold_it(tmp_path):
+    with pytest.raises(UnsupportedModelError, match=r"`one`"):
+        dw.export(dw.load(fused()), tmp_path / "folder")
+
+
+def test_a_use_without_an_entry():
+    # The table has TopK, but not with a number that the model computes.
+    nodes = [node("MatMul", ["x", "w"], ["a"], name="first"), node("Cast", ["n"], ["k"], to=INT64, name="cast"),
+             node("TopK", ["a", "k"], ["y", "places"], name="best")]  # fmt: skip
+    message = network(
+        nodes, {"w": floats(4, 6)}, {"x": ("N", 4), "n": (1,)}, {"y": ("N", "K"), "places": (INT64, ("N", "K"))}
+    )
+    model = dw.load(message, inputs={"n": (1,)})
+    assert [layer.operator for layer in islands_of(model)] == ["TopK"]
+    assert any("`best` (TopK), since it has no entry for this use: TopK `best`" in note for note in model.notes)
+    x = floats(3, 4)
+    for k in (2, 5):
+        given = [x, np.array([k], np.float32)]
+        assert_same(model(given), OnnxRunner(message.SerializeToString()).run(*given))
+
+
+def test_rounding_that_turns_into_another_result():
+    # A difference of two that are the same but for rounding; how its entries are ordered is another question.
+    nodes = [node("Softmax", ["x"], ["a"], name="one"), node("Exp", ["x"], ["b"]),
+             node("ReduceSum", ["b", "last"], ["c"]), node("Div", ["b", "c"], ["p"]), node("Sub", ["a", "p"], ["d"]),
+             node("Unique", ["d"], ["same", "y"], name="ordered"), node("Mul", ["y", "three"], ["z"])]  # fmt: skip
+    message = network(nodes, {"last": np.array([1]), "three": np.array(3)}, {"x": ("N", 256)},
+                      {"y": (INT64, ("M",)), "z": (INT64, ("M",))})  # fmt: skip
+    note = dw.load(message).notes[0]
+    assert note.startswith("agrees with ONNX Runtime before and behind what stays as in the file: ")
+
+
+def test_an_operator_that_no_one_has():
+    message = network([node("Foo", ["x"], ["y"], name="mine", domain="my.own")], {}, {"x": ("N", 3)}, {"y": ("N", 3)})
+    message.opset_import.append(helper.make_opsetid("my.own", 1))
+    with pytest.raises(UnsupportedModelError, match=r"my.own::Foo `mine` has no entry in the table of ONNX operators, and "
+                                                    r"can't stay as it is either: ONNX Runtime can't run the file"):  # fmt: skip
+        dw.load(message)
+
+
+def test_a_sequence_that_others_read():
+    nodes = [node("SequenceConstruct", ["x", "x"], ["list"], name="list"), node("SequenceAt", ["list", "k"], ["y"])]
+    message = network(nodes, {"k": np.array(0)}, {"x": ("N", 3)}, {"y": ("N", 3)})
+    with pytest.raises(UnsupportedModelError, match=r"SequenceConstruct `list` .* is a sequence"):
+        dw.load(message)
+
+
+def test_what_draws_random_numbers_is_not_compared():
+    message = network([node("RandomNormalLike", ["x"], ["y"], name="noise")], {}, {"x": ("N", 3)}, {"y": ("N", 3)})
+    model = dw.load(message)
+    assert model.notes[0] == "not compared: RandomNormalLike `noise` draws random numbers"
+    assert model(floats(5, 3)).shape == (5, 3)
+
+
+def test_a_loop_without_an_end_is_stopped(monkeypatch):
+    body = graph("body", [node("Identity", ["go"], ["on"]), node("Add", ["state", "x"], ["next"])], ["i", "go", "state"],
+                 ["on", "next"])  # fmt: skip
+    message = network([node("Loop", ["", "forever", "x"], ["y"], name="loop", body=body)], {"forever": np.array(True)},
+                      {"x": ("N", 3)}, {"y": ("N", 3)})  # fmt: skip
+    monkeypatch.setattr("dwindle.lifting.onnx.verifying.LONGEST_S", 0.2)
+    assert dw.load(message).notes[0] == "not compared: ONNX Runtime was stopped after 0.2 s"
+
+
+def hostile(change):
+    """Return the layer of a file's loop, its own file changed."""
+    (layer,) = islands_of(dw.load(looping()))
+    message = checked(layer.content)
+    body = next(found for found in message.graph.node if found.op_type == "Loop").attribute[0].g
+    change(body)
+    return layer, message.SerializeToString()
+
+
+def elsewhere(body):
+    body.initializer.append(numpy_helper.from_array(floats(4), "more"))
+    external_data_helper.set_external_data(body.initializer[0], "/etc/hostname")
+    body.initializer[0].ClearField("raw_data")
+
+
+def huge(body):
+    body.node.append(node("ConstantOfShape", ["big"], ["much"]))
+    body.node.insert(0, node("Constant", [], ["big"], value=numpy_helper.from_array(np.array([2**20, 2**20]))))
+
+
+def cut_short(body):
+    body.initializer.append(TensorProto(name="more", data_type=FLOAT, dims=[4], raw_data=b"1234"))
+
+
+@pytest.mark.parametrize(("change", "text"), [
+    (elsewhere, "lies in another file"), (huge, "entries; the largest result of an island"), (cut_short, "has 4 bytes"),
+])  # fmt: skip
+def test_bodies_are_checked_before_they_run(change, text, tmp_path):
+    layer, content = hostile(change)
+    with pytest.raises(UnsupportedModelError, match=text):
+        checked(content)
+    import base64
+
+    layer.file = base64.b64encode(content).decode()
+    again = OnnxIsland.from_config(layer.get_config())
+    with pytest.raises(UnsupportedModelError, match=text):
+        again(floats(2, 4))
+    with pytest.raises(UnsupportedModelError, match="no ONNX file"):
+        checked(b"noise" * 20)
