@@ -123,8 +123,8 @@ def compare(
             ties = int((~agrees & tied).sum())
     share = inside / total if total else 1.0
     return Verification(
-        samples=len(model_outputs[0]), max_abs_error=worst, quanta=worst_quanta, within=share, bound=str(bound),
-        reference=reference, same_class=same_class, ties=ties, passed=share >= bound.share,
+        samples=len(np.atleast_1d(model_outputs[0])), max_abs_error=worst, quanta=worst_quanta, within=share,
+        bound=str(bound), reference=reference, same_class=same_class, ties=ties, passed=share >= bound.share,
     )  # fmt: skip
 
 

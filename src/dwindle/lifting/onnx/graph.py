@@ -307,11 +307,20 @@ def read_by(node: Node) -> set[str]:
     names = {name for name in node.inputs if name}
     for value in node.attributes.values():
         if hasattr(value, "node") and hasattr(value, "initializer"):
-            names |= _free(value)
+            names |= free_names(value)
     return names
 
 
-def _free(graph: Any, depth: int = 0) -> set[str]:
+def free_names(graph: Any, depth: int = 0) -> set[str]:
+    """Return what a branch or a body reads from outside of it.
+
+    Args:
+        graph: An `onnx.GraphProto`.
+        depth: How many graphs it lies in.
+
+    Raises:
+        UnsupportedModelError: If graphs lie too deep in each other.
+    """
     if depth > 50:
         raise UnsupportedModelError("branches lie more than 50 deep in each other; the file is damaged")
     own = {t.name for t in graph.initializer} | {v.name for v in graph.input}
@@ -321,7 +330,7 @@ def _free(graph: Any, depth: int = 0) -> set[str]:
         read |= {name for name in node.input if name}
         for attribute in node.attribute:
             if attribute.HasField("g"):
-                read |= _free(attribute.g, depth + 1)
+                read |= free_names(attribute.g, depth + 1)
     return (read | {v.name for v in graph.output}) - own
 
 

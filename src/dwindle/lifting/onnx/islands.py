@@ -121,24 +121,24 @@ class OnnxIsland(keras.layers.Layer):
     def call(self, inputs: Any) -> Any:
         """Return the nodes' results, a list where there are several."""
         tensors = [keras.ops.stop_gradient(tensor) for tensor in keras.tree.flatten(inputs)]
+        shapes = self._lengths([tuple(tensor.shape) for tensor in tensors])
         if keras.backend.backend() == "tensorflow":
             import tensorflow as tf
 
             results = tf.numpy_function(self._run, tensors, [tf.as_dtype(dtype) for dtype in self.dtypes])
             results = results if isinstance(results, list | tuple) else [results]
-            for result, shape in zip(results, self._lengths([tuple(t.shape) for t in tensors]), strict=True):
+            for result, shape in zip(results, shapes, strict=True):
                 result.set_shape(shape)
         elif keras.backend.backend() == "jax" and _traced(tensors):
-            results = self._called_back(tensors)
+            results = self._called_back(tensors, shapes)
         else:
             arrays = [keras.ops.convert_to_numpy(tensor) for tensor in tensors]
             results = [keras.ops.convert_to_tensor(array) for array in self._run(*arrays)]
         return results[0] if len(results) == 1 else list(results)
 
-    def _called_back(self, tensors: Sequence[Any]) -> list[Any]:
+    def _called_back(self, tensors: Sequence[Any], shapes: Sequence[Sequence[int | None]]) -> list[Any]:
         import jax  # type: ignore[import-not-found]
 
-        shapes = self._lengths([tuple(tensor.shape) for tensor in tensors])
         if any(None in shape for shape in shapes):
             raise UnsupportedModelError(
                 f"`{self.name}` ({self.operator}) gives results as long as its data says, which JAX can't compile; "
@@ -150,7 +150,18 @@ class OnnxIsland(keras.layers.Layer):
         return list(jax.pure_callback(lambda *arrays: self._run(*arrays), kinds, *tensors))
 
     def _lengths(self, shapes: Sequence[Sequence[int | None]]) -> list[list[int | None]]:
-        """Return the outputs' shapes for shapes of the inputs."""
+        """Return the outputs' shapes for shapes of the inputs.
+
+        Raises:
+            UnsupportedModelError: If the inputs are not as long as they were in the file.
+        """
+        for named, shape in zip(self.given, shapes, strict=True):
+            pairs = list(zip(named, shape, strict=False))
+            if len(named) != len(shape) or any(isinstance(a, int) and b is not None and a != b for a, b in pairs):
+                raise UnsupportedModelError(
+                    f"`{self.name}` ({self.operator}) takes tensors of shape {tuple(named)}, as in its file; this one "
+                    f"has {tuple(shape)}"
+                )
         known = {
             name: length
             for named, shape in zip(self.given, shapes, strict=True)
