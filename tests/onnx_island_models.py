@@ -2,15 +2,23 @@
 
 import keras
 import numpy as np
+import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from dwindle.lifting.onnx.islands import OnnxIsland
 from dwindle.measuring.onnx_runtime import OnnxRunner
 
 RNG = np.random.default_rng(2)
+_START = RNG.bit_generator.state
 FLOAT, INT64, BOOL = TensorProto.FLOAT, TensorProto.INT64, TensorProto.BOOL
 JAX = keras.backend.backend() == "jax"
 node, value_info = helper.make_node, helper.make_tensor_value_info
+
+
+@pytest.fixture(autouse=True)
+def same_numbers():
+    """Let each test draw the same numbers, whichever ran before; test files import it."""
+    RNG.bit_generator.state = _START
 
 
 def floats(*shape):

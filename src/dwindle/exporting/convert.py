@@ -66,8 +66,8 @@ def refuse_islands(model: keras.Model, kind: str) -> None:
     for layer in model._flatten_layers():
         if isinstance(layer, OnnxIsland):
             raise UnsupportedModelError(
-                f"`{layer.name}` ({layer.operator}) stays as in its ONNX file and runs in ONNX Runtime, which {kind} "
-                f"can't hold; convert what lies before it: "
+                f"`{layer.name}` ({layer.operator}) has {layer.reason}, so that it stays as in its ONNX file, "
+                f"which {kind} can't hold; convert what lies before it: "
                 f"keras.Model(model.inputs, model.get_layer({layer.name!r}).input)"
             )
 

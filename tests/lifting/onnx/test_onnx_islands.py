@@ -24,6 +24,7 @@ from onnx_island_models import (
     node,
     packed,
     random_inputs,
+    same_numbers,  # noqa: F401
     warped,
 )  # fmt: skip
 
@@ -170,8 +171,8 @@ def test_channels_of_one_that_keeps_them_stay():
 def test_a_litert_file_can_not_hold_it(verb, tmp_path):
     model = dw.load(fused())
     with pytest.raises(UnsupportedModelError, match=(
-        r"`one` \(com.microsoft::FusedMatMul\) stays as in its ONNX file and runs in ONNX Runtime, which a .tflite can't "
-        r"hold; convert what lies before it: keras.Model\(model.inputs, model.get_layer\('one'\).input\)"
+        r"`one` \(com.microsoft::FusedMatMul\) has no entry in the table of ONNX operators, so that it stays as in its ONNX "
+        r"file, which a .tflite can't hold; convert what lies before it: keras.Model\(model.inputs, model.get_layer\('one'\).input\)"
     )):  # fmt: skip
         verb(model, tmp_path)
     assert list(tmp_path.iterdir()) == []
@@ -204,6 +205,24 @@ def test_a_use_without_an_entry():
     for k in (2, 5):
         given = [x, np.array([k], np.float32)]
         assert_same(model(given), OnnxRunner(message.SerializeToString()).run(*given))
+
+
+def test_lengths_that_are_too_open_for_an_entry(tmp_path):
+    nodes = [
+        node("Conv", ["x", "w"], ["a"], name="first"), node("Transpose", ["a"], ["b"], perm=[0, 2, 3, 1]),
+        node("Reshape", ["b", "rows"], ["c"], name="rows"), node("Relu", ["c"], ["y"]),
+    ]  # fmt: skip
+    constants = {"w": floats(6, 3, 1, 1), "rows": np.array([0, 0, -1])}
+    message = network(nodes, constants, {"x": ("N", 3, "H", "W")}, {"y": ("N", "H", "M")})
+    model = dw.load(message)
+    assert [layer.name for layer in islands_of(model)] == ["rows"]
+    x = floats(2, 3, 5, 7)
+    assert_same(model(x), OnnxRunner(message.SerializeToString()).run(x))
+    with pytest.raises(
+        UnsupportedModelError, match=r"`rows` \(Reshape\) has no entry for this use: .*fix them with inputs="
+    ):
+        dw.export(model, tmp_path / "m.tflite")
+    assert islands_of(dw.load(message, inputs=(None, 3, 5, 7))) == []
 
 
 def test_rounding_that_turns_into_another_result():
@@ -284,6 +303,6 @@ def test_bodies_are_checked_before_they_run(change, text, tmp_path):
     layer.file = base64.b64encode(content).decode()
     again = OnnxIsland.from_config(layer.get_config())
     with pytest.raises(UnsupportedModelError, match=text):
-        again(floats(2, 4))
+        again([floats(2, 4), floats(2, 4)])
     with pytest.raises(UnsupportedModelError, match="no ONNX file"):
         checked(b"noise" * 20)

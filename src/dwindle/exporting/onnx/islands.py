@@ -23,8 +23,8 @@ from dwindle.graph_editing import (
     output_refs,
     redirected,
 )
-from dwindle.lifting.onnx.cutting import checked, graphs_of
-from dwindle.lifting.onnx.graph import free_names
+from dwindle.lifting.onnx.cutting import checked
+from dwindle.lifting.onnx.graph import free_names, graphs_of
 from dwindle.lifting.onnx.islands import OnnxIsland, runner_of
 from dwindle.measuring.onnx_runtime import OnnxRunner
 from dwindle.weights import rebuilding

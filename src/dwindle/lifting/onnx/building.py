@@ -155,7 +155,7 @@ class Builder(Arranger):
         cut = cut_out(nodes, self.values, wanted, self.graph, self._types)
         name = self.name(nodes[0].name)
         try:
-            layer = OnnxIsland.of(cut, operators, declared=self.graph.shapes, name=name)
+            layer = OnnxIsland.of(cut, operators, reason, declared=self.graph.shapes, name=name)
         except UnsupportedModelError as error:
             raise UnsupportedModelError(f"{what} has {reason}, and can't stay as it is either: {error}") from None
         given = [self.plain(self.values[entry]) for entry in cut.inputs]
@@ -240,6 +240,11 @@ class Builder(Arranger):
     def _by_entry(self, node: Node, inputs: Sequence[Any]) -> list[Any]:
         try:
             results = OPERATORS[node.kind](self, node, inputs)
+            if self.lenient:  # what fails must fail here, not where somebody reads it
+                count = self.transposes
+                for value in results if isinstance(results, list) else [results]:
+                    _ = value.tensor if isinstance(value, Moving) else None
+                self.transposes = count
         except UnsupportedModelError:
             raise
         except Exception as error:

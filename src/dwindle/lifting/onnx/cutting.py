@@ -11,11 +11,9 @@ import numpy as np
 
 from dwindle.errors import UnsupportedModelError
 from dwindle.lifting.onnx.folding import LARGEST_RESULT
-from dwindle.lifting.onnx.graph import Graph, Node, array_of, read_by, read_graph, require_onnx
+from dwindle.lifting.onnx.graph import Graph, Node, graphs_of, read_by, read_graph, require_onnx
 from dwindle.lifting.onnx.sizes import Size
 from dwindle.lifting.onnx.values import Moving
-
-_DEEPEST = 50
 
 
 @dataclass(frozen=True)
@@ -152,14 +150,6 @@ class _Cutting:
         return output
 
 
-def graphs_of(message: Any) -> Iterator[Any]:
-    """Yield the graphs in a node's attributes."""
-    for attribute in message.attribute:
-        if attribute.HasField("g"):
-            yield attribute.g
-        yield from attribute.graphs
-
-
 def _domains(messages: Sequence[Any]) -> Iterator[str]:
     for message in messages:
         yield "" if message.domain == "ai.onnx" else message.domain
@@ -180,28 +170,8 @@ def checked(content: bytes) -> Any:
     except Exception:
         raise UnsupportedModelError("an island's bytes are no ONNX file; the file that holds it is damaged") from None
     read_graph(model)
-    for message in model.graph.node:
-        _check_inside(message, 0)
     _check_sizes(model)
     return model
-
-
-def _check_inside(message: Any, depth: int) -> None:
-    """Check the constants in branches and bodies."""
-    if depth > _DEEPEST:
-        raise UnsupportedModelError(f"branches lie more than {_DEEPEST} deep in each other; the file is damaged")
-    for attribute in message.attribute:
-        if attribute.HasField("sparse_tensor") or attribute.sparse_tensors:
-            raise UnsupportedModelError(f"`{message.name}` has a sparse constant; export the model with dense ones")
-        for tensor in (*([attribute.t] if attribute.HasField("t") else ()), *attribute.tensors):
-            array_of(tensor, None)
-    for graph in graphs_of(message):
-        if graph.sparse_initializer:
-            raise UnsupportedModelError("sparse initializers are not read; export the model with dense ones")
-        for tensor in graph.initializer:
-            array_of(tensor, None)
-        for inner in graph.node:
-            _check_inside(inner, depth + 1)
 
 
 def _check_sizes(model: Any) -> None:

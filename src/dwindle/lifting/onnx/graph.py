@@ -14,6 +14,7 @@ from dwindle.errors import MissingDependencyError, UnsupportedModelError
 
 _LARGEST_FILE = 2**31 - 1  # what a protobuf message can hold
 _LARGEST_CONSTANT = 2**33
+_DEEPEST = 50  # branches and bodies in each other
 
 
 @dataclass(eq=False)
@@ -107,6 +108,9 @@ def read_graph(source: Any) -> Graph:
     versions = {opset.domain: opset.version for opset in model.opset_import}
     version = versions.get("", versions.get("ai.onnx", 1))
     graph = model.graph
+    for message in graph.node:
+        for inner in graphs_of(message):
+            _check_inside(inner)
     constants = _constants(graph, folder)
     inputs = [
         (value.name, *_described(value)) for value in graph.input if value.name not in constants
@@ -157,6 +161,29 @@ def _inside(folder: Path, location: str, what: str) -> Path:
     if not path.is_file():
         raise UnsupportedModelError(f"{what} lies in `{path}`, which does not exist; put it next to the model")
     return path
+
+
+def graphs_of(message: Any) -> Iterator[Any]:
+    """Yield the graphs in a node's attributes."""
+    for attribute in message.attribute:
+        if attribute.HasField("g"):
+            yield attribute.g
+        yield from attribute.graphs
+
+
+def _check_inside(graph: Any, depth: int = 0) -> None:
+    """Check the constants in a branch or a body, which runtimes read by themselves."""
+    if depth > _DEEPEST:
+        raise UnsupportedModelError(f"branches lie more than {_DEEPEST} deep in each other; the file is damaged")
+    _constants(graph, None)
+    for message in graph.node:
+        for attribute in message.attribute:
+            if attribute.HasField("sparse_tensor") or attribute.sparse_tensors:
+                raise UnsupportedModelError(f"`{message.name}` has a sparse constant; export the model with dense ones")
+            for tensor in (*([attribute.t] if attribute.HasField("t") else ()), *attribute.tensors):
+                array_of(tensor, None)
+        for inner in graphs_of(message):
+            _check_inside(inner, depth + 1)
 
 
 def subgraph(message: Any, version: int) -> tuple[list[Node], dict[str, np.ndarray], list[str]]:
@@ -321,8 +348,8 @@ def free_names(graph: Any, depth: int = 0) -> set[str]:
     Raises:
         UnsupportedModelError: If graphs lie too deep in each other.
     """
-    if depth > 50:
-        raise UnsupportedModelError("branches lie more than 50 deep in each other; the file is damaged")
+    if depth > _DEEPEST:
+        raise UnsupportedModelError(f"branches lie more than {_DEEPEST} deep in each other; the file is damaged")
     own = {t.name for t in graph.initializer} | {v.name for v in graph.input}
     own |= {name for node in graph.node for name in node.output}
     read: set[str] = set()

@@ -64,6 +64,7 @@ class OnnxIsland(keras.layers.Layer):
     Args:
         operator: The operators' names.
         file: The file that holds them, base64.
+        reason: What there is not, so that they stay as they are.
         given: Lengths of each input's axes.
         shapes: Lengths of each output's axes.
         dtypes: NumPy type name of each output.
@@ -71,12 +72,21 @@ class OnnxIsland(keras.layers.Layer):
     """
 
     def __init__(
-        self, *, operator: str, file: str, given: list[list[Any]], shapes: list[list[Any]], dtypes: list[str],
-        name: str | None = None, **kwargs: Any,
-    ) -> None:  # fmt: skip
+        self,
+        *,
+        operator: str,
+        file: str,
+        reason: str,
+        given: list[list[Any]],
+        shapes: list[list[Any]],
+        dtypes: list[str],
+        name: str | None = None,
+        **kwargs: Any,
+    ) -> None:
         super().__init__(name=name, **{**kwargs, "trainable": False, "autocast": False})
         self.operator = operator
         self.file = file
+        self.reason = reason
         self.given = [list(shape) for shape in given]
         self.shapes = [list(shape) for shape in shapes]
         self.dtypes = list(dtypes)
@@ -84,12 +94,15 @@ class OnnxIsland(keras.layers.Layer):
         self._runners: list[Any] = []
 
     @classmethod
-    def of(cls, cut: Cut, operator: str, *, declared: Mapping[str, tuple[int, ...]], name: str) -> OnnxIsland:
+    def of(
+        cls, cut: Cut, operator: str, reason: str, *, declared: Mapping[str, tuple[int, ...]], name: str
+    ) -> OnnxIsland:
         """Make the island of nodes that were cut out.
 
         Args:
             cut: The nodes' file.
             operator: The operators' names.
+            reason: What there is not, so that they stay as they are.
             declared: Shapes that the whole file tells, 1 for open lengths; for results that no one else knows.
             name: The layer's name.
 
@@ -101,6 +114,7 @@ class OnnxIsland(keras.layers.Layer):
         return cls(
             operator=operator,
             file=base64.b64encode(cut.content).decode("ascii"),
+            reason=reason,
             given=[list(lengths or []) for _, _, lengths in _ends(model.graph.input)],
             shapes=[shape for _, shape in described],
             dtypes=[dtype for dtype, _ in described],
@@ -187,8 +201,8 @@ class OnnxIsland(keras.layers.Layer):
 
     def get_config(self) -> dict[str, Any]:
         """Return the operators and their file."""
-        own = {"operator": self.operator, "file": self.file, "given": self.given, "shapes": self.shapes,
-               "dtypes": self.dtypes}  # fmt: skip
+        names = ("operator", "file", "reason", "given", "shapes", "dtypes")
+        own = {name: getattr(self, name) for name in names}
         return {**super().get_config(), **own}
 
 

@@ -24,7 +24,8 @@ def lift_onnx(
     """Make a trainable Keras model from an ONNX file.
 
     Inside, images have their channels last, whatever the file says; transposes are pushed through and cancelled, and
-    ``model.notes`` counts those that are left. Layers are named after the file's nodes.
+    ``model.notes`` counts those that are left. Layers are named after the file's nodes. A node without an entry in the
+    table of operators runs in ONNX Runtime, as it is and without a gradient, and ``model.notes`` names it.
 
     Args:
         source: Path of an ``.onnx`` file, or an `onnx.ModelProto`.
@@ -40,7 +41,7 @@ def lift_onnx(
 
     Raises:
         ConfigError: If ``inputs`` does not fit.
-        UnsupportedModelError: If the file is damaged, or needs what can't be built.
+        UnsupportedModelError: If the file is damaged, or has a node that neither an entry nor ONNX Runtime can do.
         VerificationError: If the model does not predict what ONNX Runtime predicts.
         MissingDependencyError: If the `onnx` package is not installed.
     """
