@@ -225,6 +225,22 @@ def test_lengths_that_are_too_open_for_an_entry(tmp_path):
     assert islands_of(dw.load(message, inputs=(None, 3, 5, 7))) == []
 
 
+def test_a_branch_for_one_sample_only():
+    # Lifted for any number of samples, the model would fail on two: a 1 lies in the shape inside the branches.
+    branches = {f"{name}_branch": graph(name, [node("Reshape", ["a", "flat"], ["b"]), node(kind, ["b"], ["o"])], [], ["o"])
+                for name, kind in (("then", "Relu"), ("else", "Neg"))}  # fmt: skip
+    nodes = [node("Conv", ["x", "w"], ["a"], name="first"), node("ReduceSum", ["x"], ["s"], keepdims=0),
+             node("Greater", ["s", "zero"], ["c"]), node("If", ["c"], ["y"], name="choice", **branches)]  # fmt: skip
+    constants = {"w": floats(2, 3, 1, 1), "zero": np.float32(0), "flat": np.array([1, 32])}
+    message = network(nodes, constants, {"x": (1, 3, 4, 4)}, {"y": (1, 32)})
+    model = dw.load(message)
+    assert model.input_shape == (1, 3, 4, 4)
+    assert model.notes[0].startswith("agrees with ONNX Runtime: ")
+    assert model.notes[-1].startswith("takes one sample at a time: If `choice`")
+    for x in (floats(1, 3, 4, 4), -floats(1, 3, 4, 4)):
+        assert_same(model(x), OnnxRunner(message.SerializeToString()).run(x))
+
+
 def test_rounding_that_turns_into_another_result():
     # A difference of two that are the same but for rounding; how its entries are ordered is another question.
     nodes = [node("Softmax", ["x"], ["a"], name="one"), node("Exp", ["x"], ["b"]),

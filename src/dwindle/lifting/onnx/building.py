@@ -6,6 +6,7 @@ import json
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from math import prod
 from typing import Any
 
 import keras
@@ -19,7 +20,7 @@ from dwindle.lifting.onnx.graph import Graph, Node, read_by, subgraph
 from dwindle.lifting.onnx.islands import OnnxIsland
 from dwindle.lifting.onnx.operators import OPERATORS
 from dwindle.lifting.onnx.patterns import simplified
-from dwindle.lifting.onnx.sizes import Size, known, size
+from dwindle.lifting.onnx.sizes import BATCH, Size, known, size
 from dwindle.lifting.onnx.values import Arranger, Moving, of
 
 # Operators that want channels on the second axis.
@@ -144,18 +145,22 @@ class Builder(Arranger):
         what = f"{operators} `{nodes[0].name}`"
         if any(node.inputs != tuple(node.proto.input) for node in nodes):
             raise UnsupportedModelError(f"{what} has {reason}")  # it stands for several nodes of the file
-        made = [name for node in nodes for name in node.outputs if name]
         inside = {id(node) for node in nodes}
         wanted = [
-            name for name in made
+            name for name in dict.fromkeys(name for node in nodes for name in node.outputs if name)
             if name in self._kept or any(id(reader) not in inside for reader in self._readers.get(name, ()))
         ]  # fmt: skip
+        if not wanted:  # in a branch, which is walked as it is
+            return
         if not self._types:
             self._types = types_of(self.graph.message)
         cut = cut_out(nodes, self.values, wanted, self.graph, self._types)
         name = self.name(nodes[0].name)
         try:
             layer = OnnxIsland.of(cut, operators, reason, declared=self.graph.shapes, name=name)
+            if self.open_batch and all(shape[:1] in ((1,), ()) for _, shape, _ in self.graph.inputs):
+                # A file for one sample may have that 1 inside of the nodes.
+                layer.check([np.zeros([_example(n) for n in self.values[entry].sizes]) for entry in cut.inputs])
         except UnsupportedModelError as error:
             raise UnsupportedModelError(f"{what} has {reason}, and can't stay as it is either: {error}") from None
         given = [self.plain(self.values[entry]) for entry in cut.inputs]
@@ -360,6 +365,13 @@ class Builder(Arranger):
         for prefix, most in highest.items():
             while keras.backend.get_uid(prefix) <= most:
                 pass
+
+
+def _example(length: Any) -> int:
+    """Return a length to try for one that is open: two samples, and many of anything else."""
+    if not isinstance(length, Size):
+        return int(length)
+    return max(1, int(length.factor * prod(2 if name == BATCH else 32 for name in length.names)))
 
 
 def _base(name: str) -> str:

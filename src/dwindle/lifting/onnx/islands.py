@@ -126,6 +126,20 @@ class OnnxIsland(keras.layers.Layer):
         """The bytes of the ``.onnx``."""
         return base64.b64decode(self.file)
 
+    def check(self, arrays: Sequence[np.ndarray]) -> None:
+        """Run the nodes once, and compare the shapes of their results with what the layer tells.
+
+        Args:
+            arrays: One for each input.
+
+        Raises:
+            UnsupportedModelError: If they can't run, or give other shapes.
+        """
+        found = runner_of(self.content, limit_s=LONGEST_TRIAL_S).run(*arrays)
+        for value, told in zip(found, self._lengths([array.shape for array in arrays]), strict=True):
+            if len(told) != value.ndim or any(a is not None and a != b for a, b in zip(told, value.shape, strict=True)):
+                raise UnsupportedModelError(f"it gives results of shape {value.shape}, and not {tuple(told)}")
+
     def _run(self, *arrays: Any) -> list[np.ndarray]:
         if not self._runners:
             self._runners.append(runner_of(self.content))

@@ -55,7 +55,7 @@ def check(builder: Builder, model: keras.Model, source: Any) -> str:
         return f"not compared: {drawing.kind} `{drawing.name}` draws random numbers"
     problem = ""
     for length, below in _TRIED:
-        inputs = _inputs(builder, length, below)
+        inputs = _inputs(builder, [spec.shape for spec in runner.inputs], length, below)
         try:
             expected = runner.run(*inputs)
         except UnsupportedModelError as error:
@@ -84,12 +84,15 @@ def check(builder: Builder, model: keras.Model, source: Any) -> str:
     return f"not compared: {problem}"
 
 
-def _inputs(builder: Builder, length: int, below: int) -> list[np.ndarray]:
+def _inputs(builder: Builder, shapes: Sequence[Sequence[int]], length: int, below: int) -> list[np.ndarray]:
+    """Return random inputs; lengths that are open are the file's own (as the one sample that some take), or tried."""
     generator = np.random.default_rng(0)
     found = []
-    for name, _, dtype in builder.graph.inputs:
-        value = builder.values[name]
-        shape = [n if isinstance(n, int) else _SAMPLES if axis == 0 else length for axis, n in enumerate(value.sizes)]
+    for (name, _, dtype), own in zip(builder.graph.inputs, shapes, strict=True):
+        shape = [
+            n if isinstance(n, int) else given if given > 0 else _SAMPLES if axis == 0 else length
+            for axis, (n, given) in enumerate(zip(builder.values[name].sizes, own, strict=True))
+        ]
         kind = np.dtype(dtype)
         numbers = (
             generator.random(shape)
