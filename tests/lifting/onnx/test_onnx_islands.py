@@ -1,5 +1,8 @@
 """Nodes without an entry stay as they are: against ONNX Runtime on the whole file, and what each verb does with them."""
 
+import builtins
+import subprocess
+import sys
 from contextlib import nullcontext
 
 import keras
@@ -66,6 +69,20 @@ def test_compiled_by_jax():
     model = dw.load(detector())
     with pytest.raises(UnsupportedModelError, match="as long as its data says, which JAX can't compile"):
         jax.jit(lambda x: model(x))(floats(2, 3, 32, 32))
+
+
+def test_another_process_reads_it(tmp_path):
+    model = dw.load(fused())
+    model.save(tmp_path / "m.keras")
+    np.save(tmp_path / "x.npy", floats(3, 4))
+    code = (
+        "import sys, numpy as np, dwindle as dw; folder = sys.argv[1]; "
+        "np.save(folder + '/y.npy', np.asarray(dw.load(folder + '/m.keras')(np.load(folder + '/x.npy'))))"
+    )
+    done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    found = keras.ops.convert_to_numpy(model(np.load(tmp_path / "x.npy")))
+    np.testing.assert_allclose(np.load(tmp_path / "y.npy"), found, atol=1e-6)
 
 
 def test_the_loop_gets_the_number_of_samples():
@@ -250,6 +267,24 @@ def test_rounding_that_turns_into_another_result():
                       {"y": (INT64, ("M",)), "z": (INT64, ("M",))})  # fmt: skip
     note = dw.load(message).notes[0]
     assert note.startswith("agrees with ONNX Runtime before and behind what stays as in the file: ")
+
+
+def test_without_onnx_runtime(monkeypatch):
+    message = warped()
+    inputs, expected = random_inputs(message, 2)
+    real = builtins.__import__
+
+    def missing(name, *args, **kwargs):
+        if name == "onnxruntime":
+            raise ImportError(name)
+        return real(name, *args, **kwargs)
+
+    monkeypatch.setattr(builtins, "__import__", missing)
+    model = dw.load(message)
+    assert "which is not installed" in model.notes[0]
+    assert_same(model(inputs), expected)  # by onnx.reference
+    with pytest.raises(UnsupportedModelError, match=r"FusedMatMul `one` .* can't stay as it is either: .*onnxruntime"):
+        dw.load(fused())
 
 
 def test_an_operator_that_no_one_has():
