@@ -94,11 +94,24 @@ class Pad(keras.layers.Layer):
         """Return the padded tensor."""
         if self.mode != "constant":
             return keras.ops.pad(inputs, self.paddings, mode=self.mode)
+        if keras.backend.backend() == "tensorflow" and self.fill == 0 and any(self.paddings[-1]):
+            return _padded_channels(inputs, self.paddings)
         return keras.ops.pad(inputs, self.paddings, constant_values=self.fill)
 
     def get_config(self) -> dict[str, Any]:
         """Return what makes an equal layer."""
         return {**super().get_config(), "paddings": self.paddings, "fill": self.fill, "mode": self.mode}
+
+
+def _padded_channels(inputs: Any, paddings: Sequence[Sequence[int]]) -> Any:
+    """Return the tensor padded with zeros by the operator that is told what to pad with.
+
+    TensorFlow 2.21 crashes where its graph optimizer makes one operator of a convolution and the sum of its result and
+    of a ``Pad``, as in residual blocks that add channels; of ``PadV2`` it makes none.
+    """
+    import tensorflow as tf
+
+    return tf.raw_ops.PadV2(input=inputs, paddings=paddings, constant_values=tf.zeros((), inputs.dtype))
 
 
 @keras.saving.register_keras_serializable("dwindle")
