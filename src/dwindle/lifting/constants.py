@@ -14,7 +14,10 @@ from dwindle.weights import WeightSpec, quotient
 
 @keras.saving.register_keras_serializable("dwindle")
 class ConstantOperand(keras.layers.Layer):
-    """Combine the input with a trainable constant: ``x + c``, ``x - c``, ``x * c``, ``x / c`` and so on.
+    """Combine the input with a constant: ``x + c``, ``x - c``, ``x * c``, ``x / c`` and so on.
+
+    It is trainable unless it is a single number without axes: that is a part of a formula, such as the epsilon below a
+    root, which a step of training would make negative.
 
     Args:
         kind: ``add``, ``sub``, ``mul``, ``div``, ``pow``, ``maximum``, ``minimum``, ``squared_difference``, ``prelu``.
@@ -39,7 +42,8 @@ class ConstantOperand(keras.layers.Layer):
     def build(self, input_shape: Any) -> None:
         """Create the constant."""
         del input_shape
-        self.value = self.add_weight(name="value", shape=self.shape, initializer="zeros")
+        learned = self.kind == "prelu" or bool(self.shape)
+        self.value = self.add_weight(name="value", shape=self.shape, initializer="zeros", trainable=learned)
 
     def call(self, inputs: Any, training: bool | None = None) -> Any:
         """Return the combination, broadcast to the larger shape."""
