@@ -13,11 +13,12 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 Inputs = Callable[[Path, int, int], list[np.ndarray]]
-WORDS = (
+TEXT = (
     "the quick brown fox jumps over lazy dogs while seven bright stars shine above a quiet harbour; total 1,024.50 EUR "
     "Invoice No 88213 Date 2021-07-19 Page 3 of 12 Department of Physics Abstract Table Figure 4 Results are shown in "
-    "section 2.3 and discussed below, where rates of change were measured again: 12% 37.5 kg (see appendix) www.example.org"
-).split()
+    "section 2.3 and discussed below, where rates of change were measured again: 12% 37.5 kg (see appendix)"
+)
+WORDS = TEXT.split()
 IMAGENET = (np.array([0.485, 0.456, 0.406], np.float32), np.array([0.229, 0.224, 0.225], np.float32))
 MOST_FILES_OF_A_KIND = 40
 

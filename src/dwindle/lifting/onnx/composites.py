@@ -216,9 +216,7 @@ def with_variance(nodes: Sequence[Node], graph: Graph) -> list[Node]:
             continue
         _, axes, keep, factor = second
         given = {"axes": list(axes), "keepdims": keep, **({} if factor is None else {"factor": factor})}
-        spelling.replaced(
-            less, replace(less, kind=VARIANCE, inputs=(*less.inputs, second[0]), attributes=given)
-        )
+        spelling.replaced(less, replace(less, kind=VARIANCE, inputs=(*less.inputs, second[0]), attributes=given))
     return spelling.nodes
 
 

@@ -84,6 +84,7 @@ def _unpack(context: Context, operation: Operation, inputs: list[Any]) -> Any:
 
 @operator("ONE_HOT")
 def _one_hot(context: Context, operation: Operation, inputs: list[Any]) -> Any:
+    del context
     depth, on, off = (constant(operation, place).reshape(()) for place in (1, 2, 3))
     axis = int(operation.options.get("axis", -1))
     if axis not in (-1, rank_of(operation)):

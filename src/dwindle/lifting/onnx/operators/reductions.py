@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import keras
@@ -63,14 +64,14 @@ def _reduce(context: Context, node: Node, inputs: Inputs) -> Any:
 
 @operator(VARIANCE)
 def _variance(context: Context, node: Node, inputs: Inputs) -> Any:
-    """Return the mean of squared differences from the mean; the difference that the file has where it is no variance."""
+    """Return the mean of squared differences from the mean, or what the file says where that is no variance."""
     written, value = inputs[:2], moving(node, inputs[2])
     gone = {int(axis) % value.rank for axis in node.attributes["axes"]}
     counts = [value.sizes[axis] for axis in gone]
     factor = node.attributes.get("factor")
     known = all(isinstance(n, int | np.integer) for n in counts)
     if factor is not None and not (known and np.isclose(factor * np.prod(counts, dtype=float), 1.0, rtol=1e-6)):
-        return OPERATORS["Sub"](context, node, written)
+        return OPERATORS["Sub"](context, replace(node, kind="Sub"), written)
     keep = bool(node.attributes["keepdims"])
     places = tuple(sorted(value.place(axis) for axis in gone))
     far = ops.square(ops.subtract(value.tensor, ops.mean(value.tensor, axis=places, keepdims=True)))
