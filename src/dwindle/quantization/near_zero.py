@@ -64,7 +64,7 @@ def _arguments(operation: Operation, makers: Mapping[int, Operation]) -> Iterato
 def _close(tensor: Tensor, scheme: Scheme, ranges: Ranges) -> bool:
     low, high = ranges.get(tensor.name, (1.0, 1.0))
     step = (max(high, 0.0) - min(low, 0.0)) / (2**scheme.activations - 1)
-    return max(low, -high) < CLEAR_STEPS * step
+    return bool(max(low, -high) < CLEAR_STEPS * step)
 
 
 def _follow(graph: Graph, found: set[int]) -> None:

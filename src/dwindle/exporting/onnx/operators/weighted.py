@@ -9,6 +9,7 @@ import numpy as np
 from dwindle.exporting.onnx.operators.registry import (
     Inputs,
     finish,
+    given,
     operator,
     optional,
     shape_of,
@@ -95,11 +96,9 @@ def _embedding_lookup(writer: Writer, operation: Operation, inputs: Inputs) -> A
 
 @operator("ONE_HOT")
 def _one_hot(writer: Writer, operation: Operation, inputs: Inputs) -> Any:
-    depth, on, off = (operation.inputs[place] for place in (1, 2, 3))
-    if any(tensor is None or tensor.value is None for tensor in (depth, on, off)):
-        raise unsupported(operation, "computes how many classes there are, or what stands for them")
-    ends = np.array([off.value.item(), on.value.item()], on.value.dtype)  # type: ignore[union-attr]
-    count = writer.initializer(np.array(depth.value.item(), np.int64), "depth")  # type: ignore[union-attr]
+    depth, on, off = (given(operation, place) for place in (1, 2, 3))
+    ends = np.array([off.item(), on.item()], on.dtype)
+    count = writer.initializer(depth.reshape(()), "depth")
     names = [writer.plain(inputs[0]), count, writer.initializer(ends, "values")]
     made = writer.node("OneHot", names, axis=int(operation.options.get("axis", -1)))
     return Value(made, plain_axes(len(operation.outputs[0].shape)))
