@@ -84,8 +84,12 @@ class Plan:
         return any(step == "train" for step, _ in self.steps)
 
     def words(self) -> list[str]:
-        """Return each step in words."""
-        return [f"{step} " + " ".join(f"{k}={_short(v)}" for k, v in options.items()) for step, options in self.steps]
+        """Return each step in words; what is off is left out."""
+        told = [
+            [f"{name}={_short(value)}" for name, value in options.items() if value or name not in ("compact", "shift")]
+            for _, options in self.steps
+        ]
+        return [" ".join([step, *options]) for (step, _), options in zip(self.steps, told, strict=True)]
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain data; `from_dict` makes an equal plan."""
@@ -136,4 +140,6 @@ def read_plan(path: str | Path) -> Plan:
 
 
 def _short(value: Any) -> str:
+    if isinstance(value, Mapping):
+        return ",".join(f"{pattern}:{scheme}" for pattern, scheme in value.items())
     return f"{value:g}" if isinstance(value, float) else str(value)

@@ -35,6 +35,8 @@ from dwindle.quantization.calibration import METHODS
 __all__ = ["Artefact", "Verification", "export", "float_file"]
 
 RANDOM_SAMPLES = 64
+#: What a compact file's note begins with.
+COMPACTED = "names, signatures and metadata are left out of the file"
 #: Orders of axes of an ``.onnx``'s inputs and outputs: the model's own, and channels second.
 LAYOUTS = ("NHWC", "NCHW")
 
@@ -178,7 +180,7 @@ def _compacted(made: _Made) -> _Made:
             "the compact file gives other outputs than the one that it is made of; leave `compact` out, and report this"
         )
     left_out = len(made.content) - len(content)
-    note = f"names, signatures and metadata are left out of the file ({left_out:,} bytes); its outputs are the same"
+    note = f"{COMPACTED} ({left_out:,} bytes); its outputs are the same"
     return replace(made, content=content, notes=(*made.notes, note))
 
 
