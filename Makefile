@@ -96,6 +96,18 @@ bench-smallest-files: $(READY)
 bench-smallest-network: $(READY)
 	$(BIN)/python benchmarks/smallest_network.py --data $(MNIST)
 
+.PHONY: bench-search bench-search-residual bench-search-workers
+
+# 20 and 40 minutes on two cores, and about 10.
+bench-search: $(READY)
+	$(BIN)/python benchmarks/search.py lenet --data $(MNIST)
+
+bench-search-residual: $(READY)
+	$(BIN)/python benchmarks/search.py residual --data $(FASHION)
+
+bench-search-workers: $(READY)
+	$(BIN)/python benchmarks/search.py workers --data $(MNIST)
+
 bench-pruning: $(READY)
 	$(BIN)/python benchmarks/pruning_mnist.py --data $(MNIST)
 

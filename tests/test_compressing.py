@@ -14,6 +14,7 @@ from conftest import small_cnn
 import dwindle as dw
 from dwindle.compressing.goals import Goals, parse_drop, parse_latency
 from dwindle.compressing.plans import Plan, read_plan
+from dwindle.compressing.recipes import Recipe
 from dwindle.compressing.steps import training_loss
 from dwindle.lifting.flatbuffer import read_graph
 from dwindle.units import parse_size
@@ -154,6 +155,26 @@ def test_every_technique_is_a_step_of_plans(steps, reached, trained, digits, tmp
     ]
     one = {"parameters": sum(t.size for t in tensors), "zeros": sum(int((t == 0).sum()) for t in tensors)}
     assert reached(one, trained.count_params())
+
+
+def test_a_plan_chooses_bits_by_kinds_of_layers(trained, digits, tmp_path):
+    (x, y), _ = digits
+    recipe = Recipe(width=0.5, scheme="int4-dense")
+    assert recipe.name == "0.5 as wide, its own channels, int8, dense layers int4"
+    plan = recipe.plan((1,), 1, compact=True)
+    (tmp_path / "plan.yaml").write_text(plan.to_yaml())
+    assert read_plan(tmp_path / "plan.yaml") == plan
+    result = dw.compress(
+        trained, (x[:200], y[:200]), (x[200:300], y[200:300]), Goals(max_drop="90%"), tmp_path / "out", plan=plan
+    )  # fmt: skip
+    bits = {}
+    for operation in read_graph(result.file.read_bytes()).operations:
+        if len(operation.inputs) > 1 and operation.inputs[1].value is not None:
+            bits.setdefault(operation.name, set()).add(operation.inputs[1].bits)
+    assert bits["CONV_2D"] == {8}
+    assert bits["FULLY_CONNECTED"] == {4}
+    with pytest.raises(dw.ConfigError, match="scheme 'int5'; known are"):
+        Plan(name="wrong", steps=(("export", {"scheme": {"*": "int8", "CONV_2D": "int5"}}),))
 
 
 def test_a_time_budget_ends_the_search_between_trials(trained, digits, tmp_path):

@@ -68,6 +68,13 @@ def output_refs(config: Mapping[str, Any]) -> list[Ref]:
     return found
 
 
+def input_refs(config: Mapping[str, Any]) -> list[Ref]:
+    """Return the tensors that a functional config takes, in their order."""
+    found: list[Ref] = []
+    _replace_ends(config["input_layers"], lambda ref: (found.append(ref), ref)[1])  # type: ignore[func-returns-value]
+    return found
+
+
 def _replace_ends(value: Any, function: Callable[[Ref], Ref]) -> Any:
     if isinstance(value, Mapping):
         return {key: _replace_ends(part, function) for key, part in value.items()}
@@ -100,9 +107,7 @@ def redirected(config: Mapping[str, Any], targets: Mapping[Ref, Ref]) -> dict[st
 
     made = calls(config)
     ends = [follow(ref) for ref in output_refs(config)]
-    inputs: list[Ref] = []
-    _replace_ends(config["input_layers"], lambda ref: (inputs.append(ref), ref)[1])  # type: ignore[func-returns-value]
-    needed = {(ref[0], ref[1]) for ref in inputs}
+    needed = {(ref[0], ref[1]) for ref in input_refs(config)}
     waiting = [(ref[0], ref[1]) for ref in ends]
     while waiting:
         call = waiting.pop()
@@ -205,8 +210,7 @@ class Taps:
         self._refs = list(dict.fromkeys(refs))
         self._model = None
         if self._refs:
-            given: list[Any] = []
-            _replace_ends(config["input_layers"], lambda ref: (given.append(list(ref)), ref)[1])  # type: ignore[func-returns-value]
+            given = [list(ref) for ref in input_refs(config)]
             config = {**config, "input_layers": given, "output_layers": [list(ref) for ref in self._refs]}
             # Nested models stay whole: only what the tapped tensors need is computed.
             with rebuilding(model):

@@ -138,6 +138,12 @@ def test_the_number_of_trials_is_bounded():
     assert len(found_by(dw.Goals(max_drop=0.001), trials=12)) == 12
 
 
+def test_dense_layers_have_bits_of_their_own_where_they_hold_the_bytes():
+    goals = dw.Goals(max_size="20KB")
+    assert any("dense layers int4" in r["name"] for r in found_by(goals, ("int8", "int4")))
+    assert not any("dense layers int4" in r["name"] for r in found_by(goals, ("int8",)))
+
+
 def test_hopeless_short_trainings_are_not_made_longer():
     def landscape(width, epochs, start, scheme):
         return 0.5 if width < 0.3 else loss(width, epochs, start, scheme)

@@ -108,10 +108,18 @@ def test_slopes_of_prelu_lie_on_the_channels():
     )
 
 
+def test_one_hot():
+    content = convert(lambda ids: tf.one_hot(ids, 6, 0.5, -2.0), (1, 5), dtype=tf.int32)
+    assert "ONE_HOT" in {operation.name for operation in read_graph(content).operations}
+    ids = np.array([[3, 0, 5, 3, 1]], np.int32)
+    found = OnnxRunner(onnx_file(content, [ids]).content).run(ids)[0]
+    np.testing.assert_array_equal(found, np.where(np.eye(6)[ids] == 1, np.float32(0.5), np.float32(-2)))
+
+
 def test_every_operator_that_is_lifted_is_written_and_tested():
     assert set(lifted.OPERATORS) <= set(OPERATORS)
     assert set(OPERATORS) - set(lifted.OPERATORS) == {"QUANTIZE", "DEQUANTIZE", "DENSIFY"}
-    untested = set(OPERATORS) - {name for _, name in ALL.values()} - {"PRELU", "QUANTIZE", "DEQUANTIZE"}
+    untested = set(OPERATORS) - {name for _, name in ALL.values()} - {"ONE_HOT", "PRELU", "QUANTIZE", "DEQUANTIZE"}
     # Relatives of tested ones, through the same function, which the converter does not emit.
     assert untested <= {"SQUEEZE", "EXPAND_DIMS", "SELECT_V2", "CAST", "RELU_0_TO_1", "LOGICAL_AND", "LOGICAL_NOT",
                         "EMBEDDING_LOOKUP", "DENSIFY"}  # fmt: skip

@@ -195,8 +195,17 @@ def test_embedding_is_a_look_up():
     np.testing.assert_array_equal(dw.lift(content).predict(ids, verbose=0), table.numpy()[ids])
 
 
+@pytest.mark.parametrize(("on", "off"), [(1.0, 0.0), (0.5, -2.0)])
+def test_one_hot(on, off):
+    content = convert(lambda ids: tf.one_hot(ids, 6, on, off), (1, 5), dtype=tf.int32)
+    ids = np.array([[3, 0, 5, 3, 1]], np.int32)
+    lifted = dw.lift(content)
+    assert not lifted.notes
+    np.testing.assert_array_equal(lifted.predict(ids, verbose=0), np.where(np.eye(6)[ids] == 1, on, off))
+
+
 def test_every_entry_has_a_case():
-    tested = {name for _, name in CASES.values()} | {"GATHER", "PRELU"}
+    tested = {name for _, name in CASES.values()} | {"GATHER", "ONE_HOT", "PRELU"}
     untested = set(operators.OPERATORS) - tested
     # Relatives of tested ones, through the same function, which the converter does not emit.
     assert untested <= {"SQUEEZE", "EXPAND_DIMS", "SELECT_V2", "CAST", "GREATER", "RELU_0_TO_1", "LOGICAL_AND", "LOGICAL_NOT",

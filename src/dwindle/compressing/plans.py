@@ -28,6 +28,13 @@ STEP_OPTIONS: dict[str, dict[str, Any]] = {
 }
 
 
+def schemes_in(scheme: Any) -> list[Any]:
+    """Return the names of schemes that a step's ``scheme`` has: its own, or those of a mapping's layers."""
+    if isinstance(scheme, Mapping):
+        return list(scheme.values())
+    return [] if scheme is None else [scheme]
+
+
 @dataclass(frozen=True, kw_only=True)
 class Plan:
     """A named list of steps.
@@ -62,11 +69,12 @@ class Plan:
                         f"{did_you_mean(key, known)}"
                     )
             scheme = options.get("scheme")
-            if scheme is not None and scheme not in SCHEMES:
-                raise ConfigError(
-                    f"step `{step}` of plan `{self.name}` has scheme {scheme!r}; known are {', '.join(SCHEMES)}"
-                    f"{did_you_mean(scheme, SCHEMES)}"
-                )
+            for one in schemes_in(scheme):
+                if one not in SCHEMES:
+                    raise ConfigError(
+                        f"step `{step}` of plan `{self.name}` has scheme {one!r}; known are {', '.join(SCHEMES)}, or a "
+                        f"mapping from layers or operators to these{did_you_mean(str(one), SCHEMES)}"
+                    )
             filled.append((step, {**known, **options}))
         object.__setattr__(self, "steps", tuple(filled))
 
@@ -76,8 +84,12 @@ class Plan:
         return any(step == "train" for step, _ in self.steps)
 
     def words(self) -> list[str]:
-        """Return each step in words."""
-        return [f"{step} " + " ".join(f"{k}={_short(v)}" for k, v in options.items()) for step, options in self.steps]
+        """Return each step in words; what is off is left out."""
+        told = [
+            [f"{name}={_short(value)}" for name, value in options.items() if value or name not in ("compact", "shift")]
+            for _, options in self.steps
+        ]
+        return [" ".join([step, *options]) for (step, _), options in zip(self.steps, told, strict=True)]
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain data; `from_dict` makes an equal plan."""
@@ -128,4 +140,6 @@ def read_plan(path: str | Path) -> Plan:
 
 
 def _short(value: Any) -> str:
+    if isinstance(value, Mapping):
+        return ",".join(f"{pattern}:{scheme}" for pattern, scheme in value.items())
     return f"{value:g}" if isinstance(value, float) else str(value)

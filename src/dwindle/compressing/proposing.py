@@ -6,6 +6,7 @@ what it proposed before.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -15,8 +16,9 @@ import numpy as np
 
 from dwindle.compressing.goals import Goals
 from dwindle.compressing.plans import Plan
-from dwindle.compressing.recipes import ALLOTMENTS, Recipe, after_training, same_size
+from dwindle.compressing.recipes import ALLOTMENTS, MIXTURES, Recipe, after_training, same_size
 from dwindle.pruning.residual_blocks import residual_blocks
+from dwindle.weights import walk_layers
 
 Record = Mapping[str, Any]
 Batches = Generator[list[Plan], Sequence[Record], None]
@@ -28,6 +30,8 @@ BEGINNING = 0.5
 PATIENCE = 4
 # What the loss of a short training becomes by the next longer one, before anything was learned about it.
 REPAIRED = 0.4
+# Share of the weights that dense layers must have for their bits to be chosen apart.
+MANY_DENSE = 0.3
 # A longer training may do better than expected: it is tried if this share of the expected loss would do.
 OPTIMISM = 0.8
 
@@ -87,6 +91,7 @@ class Proposer:
         self._epochs = (short, max(1, epochs - short), 2 * epochs)
         self._tuning = max(1, epochs // 4)
         self._deepens = any(not block.pinned for block in residual_blocks(model))
+        self._many_dense = _dense_share(model) >= MANY_DENSE
         self._candidates: list[Candidate] = []
         self._others: list[Record] = []
         self._tops: dict[Recipe, float | None] = {}
@@ -137,12 +142,14 @@ class Proposer:
         return [*fixed, *(self._plan(Candidate(recipe=recipe)) for recipe in self._first())]
 
     def _runs(self, scheme: str) -> bool:
-        return self._schemes is None or scheme in self._schemes
+        parts = MIXTURES[scheme][1].values() if scheme in MIXTURES else (scheme,)
+        return self._schemes is None or all(part in self._schemes for part in parts)
 
     def _choices(self) -> list[str]:
         """Return the schemes of candidates: fewer bits where bytes matter."""
         bytes_matter = self._goals.minimized in ("size", "packed") or self._goals.max_size is not None
-        found = [scheme for scheme in ("int8", "int4") if self._runs(scheme) and (scheme == "int8" or bytes_matter)]
+        names = ("int8", *(MIXTURES if self._many_dense else ()), "int4") if bytes_matter else ("int8",)
+        found = [name for name in names if self._runs(name)]
         return found or [scheme for scheme in self._schemes or () if scheme != "float32"][:1] or ["int8"]
 
     def _worth_tuning(self) -> bool:
@@ -403,6 +410,13 @@ def _kind(recipe: Recipe) -> Recipe:
 
 def _round(width: float) -> float:
     return round(width, 3)
+
+
+def _dense_share(model: keras.Model) -> float:
+    """Return the share of a model's weights that its dense layers have."""
+    kernels = [layer.kernel for _, layer in walk_layers(model) if isinstance(layer, keras.layers.Dense)]
+    share: float = sum(math.prod(kernel.shape) for kernel in kernels) / max(1, model.count_params())
+    return share
 
 
 def _scheme(record: Record) -> str:

@@ -58,7 +58,7 @@ class Screen:
             try:
                 model = run_steps(steps, replace(self.case.bench, stages=None))
                 export(
-                    model, path, scheme=recipe.scheme, data=None if split is None else list(split.take(SAMPLES).x),
+                    model, path, scheme=recipe.written, data=None if split is None else list(split.take(SAMPLES).x),
                     compact=self.goals.compacts(self.baseline),
                 )  # fmt: skip
             except REASONS as error:

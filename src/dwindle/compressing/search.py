@@ -14,7 +14,7 @@ import numpy as np
 from dwindle.compressing.engines import Engine, Inline, Task
 from dwindle.compressing.events import Event, Tell
 from dwindle.compressing.goals import Goals, Verdict
-from dwindle.compressing.plans import Plan
+from dwindle.compressing.plans import Plan, schemes_in
 from dwindle.compressing.proposing import Proposer
 from dwindle.compressing.screening import Screen
 from dwindle.compressing.shifting import shifts
@@ -189,10 +189,10 @@ class Search:
 
     def _task(self, number: int, plan: Plan, records: dict[int, dict[str, Any]]) -> Task | None:
         """Return a trial's task; None where it is skipped, with a record that says why."""
-        schemes, scheme = self.case.target.schemes, plan.steps[-1][1]["scheme"]
+        schemes, wanted = self.case.target.schemes, schemes_in(plan.steps[-1][1]["scheme"])
         reason = None
-        if number > 0 and schemes is not None and scheme not in schemes:
-            reason = f"{self.case.target.name} runs {', '.join(schemes)}, not {scheme}"
+        if number > 0 and schemes is not None and (unable := [one for one in wanted if one not in schemes]):
+            reason = f"{self.case.target.name} runs {', '.join(schemes)}, not {', '.join(unable)}"
         elif number > 0 and self.plan is None and (self._late() or self._too_long(plan)):
             reason = "the time budget is spent" if self._late() else "it would take longer than the time budget"
         if reason is not None:

@@ -164,7 +164,8 @@ def _train(model: keras.Model, options: Mapping[str, Any], bench: Workbench) -> 
         learner = distill(model, teacher, temperature=options["temperature"], alpha=options["alpha"])
     steps = options["epochs"] * _steps_per_epoch(split)
     rate = keras.optimizers.schedules.CosineDecay(options["learning_rate"], decay_steps=max(1, steps))
-    learner.compile(keras.optimizers.Adam(rate), loss=bench.loss, steps_per_execution=STEPS_AT_ONCE)
+    at_once = STEPS_AT_ONCE if keras.backend.backend() == "tensorflow" else 1  # PyTorch has no such loop
+    learner.compile(keras.optimizers.Adam(rate), loss=bench.loss, steps_per_execution=at_once)
     given: dict[str, Any] = {"x": x, "y": split.y, "batch_size": BATCH_SIZE}
     if moves:
         moved = Shifted(split.x[0], np.asarray(split.y), options["shift"], BATCH_SIZE, int(np.random.randint(2**31)))

@@ -14,7 +14,7 @@ from dwindle.compressing.plans import Plan
 from dwindle.compressing.steps import Workbench, run_steps
 from dwindle.data import Data, Split
 from dwindle.errors import ConfigError, ConversionError, DataError, UnsupportedModelError, VerificationError
-from dwindle.exporting import export
+from dwindle.exporting import COMPACTED, export
 from dwindle.files import save_keras
 from dwindle.measuring import measure
 from dwindle.quantization import quantize, resolve_scheme
@@ -85,7 +85,8 @@ def _done(case: Case, plan: Plan, number: int, working: Path) -> dict[str, Any]:
     if number > 0 and case.target.runtime == "micro" and figures.arena_bytes is None:
         raise UnsupportedModelError(f"TensorFlow Lite Micro does not run the file: {figures.arena_note}")
     record = blank(number, plan, status="done", reason=None)
-    record.update(figures_of(figures), file=f"trials/{number:03d}/{FILE}", notes=list(artefact.notes))
+    notes = [note for note in artefact.notes if not note.startswith(COMPACTED)]  # the plan says so
+    record.update(figures_of(figures), file=f"trials/{number:03d}/{FILE}", notes=notes)
     record["verification"] = artefact.verification.to_dict()
     if case.packs:
         record["packed_bytes"] = _packed_bytes(path, working)
@@ -102,7 +103,7 @@ def _packed_bytes(path: Path, working: Path) -> int:
         packed.unlink(missing_ok=True)
 
 
-def _simulated(model: keras.Model, scheme: str, samples: Any) -> keras.Model:
+def _simulated(model: keras.Model, scheme: Any, samples: Any) -> keras.Model:
     """Return the trainable twin of the quantized file, or the model itself where it can't be lifted."""
     try:
         return quantize(model, scheme, samples)

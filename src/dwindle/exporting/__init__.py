@@ -35,6 +35,8 @@ from dwindle.quantization.calibration import METHODS
 __all__ = ["Artefact", "Verification", "export", "float_file"]
 
 RANDOM_SAMPLES = 64
+#: What a compact file's note begins with.
+COMPACTED = "names, signatures and metadata are left out of the file"
 #: Orders of axes of an ``.onnx``'s inputs and outputs: the model's own, and channels second.
 LAYOUTS = ("NHWC", "NCHW")
 
@@ -136,10 +138,15 @@ def export(
     path = check_output_file(path, suffixes=(".tflite", ".onnx"))
     if onnx:
         from dwindle.exporting.onnx import require_packages
+        from dwindle.exporting.onnx.islands import islands_in
 
         require_packages()
         if isinstance(model, str | Path):
             return _export_onnx(path, _given_file(model, scheme, data, verify_samples), layout)
+        if islands_in(model):
+            return _export_islands(
+                model, path, scheme, data, calibration=calibration, verify_samples=verify_samples, layout=layout
+            )
     made = _litert_file(
         model, scheme, data, io_type=io_type, calibration=calibration, verify_samples=verify_samples, sparse=sparse
     )
@@ -173,7 +180,7 @@ def _compacted(made: _Made) -> _Made:
             "the compact file gives other outputs than the one that it is made of; leave `compact` out, and report this"
         )
     left_out = len(made.content) - len(content)
-    note = f"names, signatures and metadata are left out of the file ({left_out:,} bytes); its outputs are the same"
+    note = f"{COMPACTED} ({left_out:,} bytes); its outputs are the same"
     return replace(made, content=content, notes=(*made.notes, note))
 
 
@@ -219,6 +226,37 @@ def _export_onnx(path: Path, made: _Made, layout: str) -> Artefact:
         replace(
             made, content=written.content, scheme=written.scheme, verification=written.verification,
             notes=(*made.notes, *written.notes),
+        ),
+    )  # fmt: skip
+
+
+def _export_islands(
+    model: keras.Model, path: Path, scheme: Any, data: Any, *, calibration: str, verify_samples: int, layout: str
+) -> Artefact:
+    """Write a model some nodes of which stayed as in an ONNX file; what lies around them is compared as any model."""
+    from dwindle.exporting.onnx import onnx_file
+    from dwindle.exporting.onnx.islands import joined, taken_apart
+
+    parts = taken_apart(model)
+    if data is not None:
+        shapes = [tuple(tensor.shape[1:]) for tensor in model.inputs]
+        data = parts.samples(calibration_samples(shapes, data, limit=max(verify_samples, 512)))
+    made = _litert_file(
+        parts.body,
+        scheme,
+        data,
+        io_type="float32",
+        calibration=calibration,
+        verify_samples=verify_samples,
+        sparse=False,
+    )
+    written = onnx_file(made.content, made.inputs, layout=layout, scheme=made.scheme)
+    content, notes = joined(parts, written.content, made.inputs, layout)
+    return _artefact(
+        path,
+        replace(
+            made, content=content, scheme=written.scheme, verification=written.verification,
+            notes=(*made.notes, *written.notes, *notes),
         ),
     )  # fmt: skip
 

@@ -29,6 +29,7 @@ def float_file(model: keras.Model) -> bytes:
 
     Raises:
         ConfigError: If ``model`` is no built Keras model.
+        UnsupportedModelError: If a layer runs nodes of an ONNX file.
         ConversionError: If the converter fails; its reason is passed on.
     """
     if not isinstance(model, keras.Model):
@@ -38,6 +39,7 @@ def float_file(model: keras.Model) -> bytes:
         return content
     if not model.built:
         raise ConfigError(f"`model` ({model.name}) is not built: call it once on data, or model.build(input_shape)")
+    refuse_islands(model, "a .tflite")
     from dwindle.attaching import attached, full_precision, strip
 
     plain = full_precision(strip(model) if attached(model) else model)
@@ -48,6 +50,27 @@ def float_file(model: keras.Model) -> bytes:
     content = _convert(plain)
     freed = resizable(content)
     return freed if _same_in_batches(content, freed) else content
+
+
+def refuse_islands(model: keras.Model, kind: str) -> None:
+    """Refuse a model with nodes of an ONNX file that stayed as they are.
+
+    Args:
+        model: The model.
+        kind: What can't hold them, in words.
+
+    Raises:
+        UnsupportedModelError: If there are such nodes; it names the first layer that runs them.
+    """
+    from dwindle.lifting.onnx.islands import OnnxIsland
+
+    for layer in model._flatten_layers():
+        if isinstance(layer, OnnxIsland):
+            raise UnsupportedModelError(
+                f"`{layer.name}` ({layer.operator}) has {layer.reason}, so that it stays as in its ONNX file, "
+                f"which {kind} can't hold; convert what lies before it: "
+                f"keras.Model(model.inputs, model.get_layer({layer.name!r}).input)"
+            )
 
 
 def _convert(model: keras.Model) -> bytes:

@@ -21,7 +21,16 @@ from dwindle.errors import (
     check_choice,
     did_you_mean,
 )
-from dwindle.exporting.convert import input_specs, input_tensors, packed, quiet, random_input, reason, signature
+from dwindle.exporting.convert import (
+    input_specs,
+    input_tensors,
+    packed,
+    quiet,
+    random_input,
+    reason,
+    refuse_islands,
+    signature,
+)  # fmt: skip
 from dwindle.exporting.verify import BOUNDS, Verification, compare
 from dwindle.files import replace_folder, temporary_folder
 from dwindle.quantization import SCHEMES, Scheme, calibration_samples
@@ -279,6 +288,7 @@ def _check(model: Any) -> None:
             f"a SavedModel is traced by TensorFlow, and Keras runs on {keras.backend.backend()}; save the model as "
             ".keras and export it in a process with KERAS_BACKEND=tensorflow"
         )
+    refuse_islands(model, "a SavedModel")
     for layer in model._flatten_layers():
         if getattr(layer, "stateful", False):
             raise UnsupportedModelError(

@@ -101,7 +101,7 @@ def compare(
     for number, (expected, found) in enumerate(zip(model_outputs, file_outputs, strict=True)):
         expected = np.asarray(expected, np.float32)
         found = np.asarray(found, np.float32).reshape(expected.shape)
-        error = np.abs(expected - found)
+        error = np.asarray(np.abs(expected - found))  # a number where there are no axes
         error[np.isnan(error)] = np.inf
         largest = float(error.max()) if error.size else 0.0
         worst = max(worst, largest)
@@ -123,8 +123,8 @@ def compare(
             ties = int((~agrees & tied).sum())
     share = inside / total if total else 1.0
     return Verification(
-        samples=len(model_outputs[0]), max_abs_error=worst, quanta=worst_quanta, within=share, bound=str(bound),
-        reference=reference, same_class=same_class, ties=ties, passed=share >= bound.share,
+        samples=len(np.atleast_1d(model_outputs[0])), max_abs_error=worst, quanta=worst_quanta, within=share,
+        bound=str(bound), reference=reference, same_class=same_class, ties=ties, passed=share >= bound.share,
     )  # fmt: skip
 
 

@@ -14,7 +14,10 @@ from dwindle.weights import WeightSpec, quotient
 
 @keras.saving.register_keras_serializable("dwindle")
 class ConstantOperand(keras.layers.Layer):
-    """Combine the input with a trainable constant: ``x + c``, ``x - c``, ``x * c``, ``x / c`` and so on.
+    """Combine the input with a constant: ``x + c``, ``x - c``, ``x * c``, ``x / c`` and so on.
+
+    It is trainable unless it is a single number without axes: that is a part of a formula, such as the epsilon below a
+    root, which a step of training would make negative.
 
     Args:
         kind: ``add``, ``sub``, ``mul``, ``div``, ``pow``, ``maximum``, ``minimum``, ``squared_difference``, ``prelu``.
@@ -39,7 +42,8 @@ class ConstantOperand(keras.layers.Layer):
     def build(self, input_shape: Any) -> None:
         """Create the constant."""
         del input_shape
-        self.value = self.add_weight(name="value", shape=self.shape, initializer="zeros")
+        learned = self.kind == "prelu" or bool(self.shape)
+        self.value = self.add_weight(name="value", shape=self.shape, initializer="zeros", trainable=learned)
 
     def call(self, inputs: Any, training: bool | None = None) -> Any:
         """Return the combination, broadcast to the larger shape."""
@@ -94,11 +98,24 @@ class Pad(keras.layers.Layer):
         """Return the padded tensor."""
         if self.mode != "constant":
             return keras.ops.pad(inputs, self.paddings, mode=self.mode)
+        if keras.backend.backend() == "tensorflow" and self.fill == 0 and any(self.paddings[-1]):
+            return _padded_channels(inputs, self.paddings)
         return keras.ops.pad(inputs, self.paddings, constant_values=self.fill)
 
     def get_config(self) -> dict[str, Any]:
         """Return what makes an equal layer."""
         return {**super().get_config(), "paddings": self.paddings, "fill": self.fill, "mode": self.mode}
+
+
+def _padded_channels(inputs: Any, paddings: Sequence[Sequence[int]]) -> Any:
+    """Return the tensor padded with zeros by the operator that is told what to pad with.
+
+    TensorFlow 2.21 crashes where its graph optimizer makes one operator of a convolution and the sum of its result and
+    of a ``Pad``, as in residual blocks that add channels; of ``PadV2`` it makes none.
+    """
+    import tensorflow as tf
+
+    return tf.raw_ops.PadV2(input=inputs, paddings=paddings, constant_values=tf.zeros((), inputs.dtype))
 
 
 @keras.saving.register_keras_serializable("dwindle")

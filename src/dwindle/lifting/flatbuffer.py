@@ -328,6 +328,27 @@ def replace_constants(content: bytes, values: Mapping[str, np.ndarray]) -> bytes
     return bytes(changed)
 
 
+def drop_tensors(graph: Any) -> dict[int, int]:
+    """Drop the tensors of a subgraph that no operator reads or writes; return the new number of each other one."""
+    operations = graph.operators or []
+    lists = [graph.inputs, graph.outputs]
+    lists += [getattr(op, kind) for op in operations for kind in ("inputs", "outputs", "intermediates")]
+    used = sorted({int(index) for found in lists if found is not None for index in found if index >= 0})
+    new = {old: number for number, old in enumerate(used)}
+    graph.tensors = [graph.tensors[index] for index in used]
+
+    def renumbered(found: Any) -> Any:
+        return None if found is None else np.array([new.get(int(i), -1) for i in found], np.int32)
+
+    graph.inputs, graph.outputs = renumbered(graph.inputs), renumbered(graph.outputs)
+    for operation in operations:
+        for kind in ("inputs", "outputs", "intermediates"):
+            setattr(operation, kind, renumbered(getattr(operation, kind)))
+        if operation.intermediates is not None and not len(operation.intermediates):
+            operation.intermediates = None
+    return new
+
+
 def resizable(content: bytes) -> bytes:
     """Return a file of batch 1 whose batch axis can be resized, with no operator added.
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import numpy as np
 from ai_edge_litert import schema_py_generated as schema
 
-from dwindle.lifting.flatbuffer import Graph, Tensor, operator_name, parse, read_graph, serialize
+from dwindle.lifting.flatbuffer import Graph, Tensor, drop_tensors, operator_name, parse, read_graph, serialize
 
 _WIDENING = {"DEQUANTIZE", "DENSIFY"}
 _STEPS = {"QUANTIZE", "DEQUANTIZE"}
@@ -93,8 +94,6 @@ def _rewritten(
             found = _real(given, found)
         elif found is None and given.value is not None and scaled:
             found = _real(given, given.value)
-        elif found is None and given.value is not None and given.dtype == np.float16:
-            found = given.value
         if found is not None:
             constant(tensor, found)
         if found is not None or scaled:
@@ -108,4 +107,47 @@ def _rewritten(
     for signature in model.signatureDefs or []:
         for entry in signature.outputs or []:
             entry.tensorIndex = source(entry.tensorIndex)
+    _drop_unread(model)
     return serialize(model)
+
+
+def _drop_unread(model: Any) -> None:
+    """Drop tensors of the main graph that nothing reads or writes any more, and buffers that no tensor has."""
+    numbers = drop_tensors(model.subgraphs[0])
+    for signature in model.signatureDefs or []:
+        if signature.subgraphIndex == 0:
+            for entry in (*(signature.inputs or ()), *(signature.outputs or ())):
+                entry.tensorIndex = numbers[entry.tensorIndex]
+    holders = [*(tensor for graph in model.subgraphs for tensor in graph.tensors), *(model.metadata or ())]
+    places = {old: new for new, old in enumerate(sorted({0, *(holder.buffer for holder in holders)}))}
+    model.buffers = [model.buffers[old] for old in places]
+    for holder in holders:
+        holder.buffer = places[holder.buffer]
+    model.metadataBuffer = None
+
+
+def modern(content: bytes) -> bytes:
+    """Return a file as it is written since 2021, which `ai-edge-quantizer` takes for granted.
+
+    Older ones have no signature, and their operators have numbers of one byte, in a field of their own.
+    """
+    model = parse(content)
+    old = [code for code in model.operatorCodes if code.builtinCode < code.deprecatedBuiltinCode]
+    if model.signatureDefs and not old:
+        return content
+    model = copy.deepcopy(model)
+    for code in model.operatorCodes:
+        code.builtinCode = max(code.builtinCode, code.deprecatedBuiltinCode)
+    if not model.signatureDefs:
+        signature, main = schema.SignatureDefT(), model.subgraphs[0]
+        signature.signatureKey, signature.subgraphIndex = b"serving_default", 0
+        signature.inputs = [_entry(main.tensors[i].name, int(i)) for i in main.inputs]
+        signature.outputs = [_entry(main.tensors[i].name, int(i)) for i in main.outputs]
+        model.signatureDefs = [signature]
+    return serialize(model)
+
+
+def _entry(name: bytes, index: int) -> Any:
+    entry = schema.TensorMapT()
+    entry.name, entry.tensorIndex = name, index
+    return entry

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -41,10 +42,13 @@ class OnnxRunner:
     Args:
         source: Path or bytes of an ``.onnx``.
         threads: Threads of one run.
+        limit_s: Seconds after which `run` is stopped; None for no limit. What a file repeats has no end by itself.
 
     Attributes:
         inputs: The file's inputs, in its order; -1 stands for a length that is open.
         outputs: The file's outputs, in its order.
+        lengths: Lengths of each output's axes: numbers, names, or None; empty also where nothing tells the axes.
+        stopped: Whether a run took longer than its limit.
 
     Raises:
         DataError: If the file does not exist.
@@ -52,8 +56,8 @@ class OnnxRunner:
         MissingDependencyError: If `onnxruntime` is not installed.
     """
 
-    def __init__(self, source: str | Path | bytes, *, threads: int = 1) -> None:
-        runtime = require_onnxruntime()
+    def __init__(self, source: str | Path | bytes, *, threads: int = 1, limit_s: float | None = None) -> None:
+        runtime = self._runtime = require_onnxruntime()
         if not isinstance(source, bytes):
             path = Path(source)
             if not path.is_file():
@@ -72,6 +76,9 @@ class OnnxRunner:
             raise UnsupportedModelError(f"ONNX Runtime can't run the file: {reason}") from None
         self.inputs = tuple(_spec(given, k) for k, given in enumerate(self._session.get_inputs()))
         self.outputs = tuple(_spec(given, k) for k, given in enumerate(self._session.get_outputs()))
+        self.lengths = tuple(tuple(given.shape or ()) for given in self._session.get_outputs())
+        self.stopped = False
+        self._limit_s = limit_s
         self._names = [spec.name for spec in self.outputs]
         self._fed: dict[str, np.ndarray] = {}
 
@@ -88,10 +95,25 @@ class OnnxRunner:
         """
         fed = {spec.name: np.ascontiguousarray(array, spec.dtype) for array, spec in zip(x, self.inputs, strict=True)}
         try:
-            return tuple(self._session.run(self._names, fed))
+            return tuple(self._session.run(self._names, fed) if self._limit_s is None else self._limited(fed))
         except Exception as error:
+            if self.stopped:
+                raise UnsupportedModelError(f"ONNX Runtime was stopped after {self._limit_s:g} s") from None
             reason = " ".join(str(error).split())[:300]
             raise UnsupportedModelError(f"ONNX Runtime can't run the file on these inputs: {reason}") from None
+
+    def _limited(self, fed: dict[str, np.ndarray]) -> list[Any]:
+        options = self._runtime.RunOptions()
+
+        def stop() -> None:
+            self.stopped = options.terminate = True
+
+        timer = threading.Timer(self._limit_s or 0.0, stop)
+        timer.start()
+        try:
+            return list(self._session.run(self._names, fed, options))
+        finally:
+            timer.cancel()
 
     def predict(self, x: Sequence[np.ndarray], *, batch_size: int = 64) -> list[np.ndarray]:
         """Return the outputs for ``n`` samples, as arrays of shape ``(n, ...)``.

@@ -10,7 +10,7 @@ import numpy as np
 from ai_edge_litert import schema_py_generated as schema
 
 from dwindle.errors import ConfigError
-from dwindle.lifting.flatbuffer import operator_name, parse
+from dwindle.lifting.flatbuffer import drop_tensors, operator_name, parse
 
 ALIGNMENTS = (4, 8, 16)
 
@@ -44,7 +44,7 @@ def strip(content: bytes, *, alignment: int = 16, keep_names: bool = False, micr
     for graph in model.subgraphs:
         graph.name = None
         graph.debugMetadataIndex = -1
-        _drop_tensors(graph)
+        drop_tensors(graph)
         for tensor in graph.tensors:
             _strip_tensor(tensor, keep_names=keep_names)
         if micro_only:
@@ -55,26 +55,6 @@ def strip(content: bytes, *, alignment: int = 16, keep_names: bool = False, micr
     _share_codes(model)
     _share_buffers(model)
     return write(model, alignment=alignment)
-
-
-def _drop_tensors(graph: Any) -> None:
-    """Drop the tensors that no operator reads or writes."""
-    operations = graph.operators or []
-    lists = [graph.inputs, graph.outputs]
-    lists += [getattr(op, kind) for op in operations for kind in ("inputs", "outputs", "intermediates")]
-    used = sorted({int(index) for found in lists if found is not None for index in found if index >= 0})
-    new = {old: number for number, old in enumerate(used)}
-    graph.tensors = [graph.tensors[index] for index in used]
-
-    def renumbered(found: Any) -> Any:
-        return None if found is None else np.array([new.get(int(i), -1) for i in found], np.int32)
-
-    graph.inputs, graph.outputs = renumbered(graph.inputs), renumbered(graph.outputs)
-    for operation in operations:
-        for kind in ("inputs", "outputs", "intermediates"):
-            setattr(operation, kind, renumbered(getattr(operation, kind)))
-        if operation.intermediates is not None and not len(operation.intermediates):
-            operation.intermediates = None
 
 
 def _strip_tensor(tensor: Any, *, keep_names: bool) -> None:

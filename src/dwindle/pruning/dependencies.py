@@ -24,6 +24,8 @@ _ENTRYWISE_CLASSES = {
     "GaussianDropout", "AlphaDropout", "ActivityRegularization", "Identity", "Relu", "Relu6", "Sigmoid", "Tanh", "Gelu",
     "Silu",
 }  # fmt: skip
+# Layers that run operators of a file, which are for as many channels as they had there.
+_FROZEN_CLASSES = {"Island", "OnnxIsland"}
 
 
 def analyse(model: keras.Model) -> Analysis:
@@ -152,9 +154,8 @@ class Walk:
         given = values_in(args, kwargs)
         labelled = any(labels is not None for value in given for labels in value.axes)
         kind = type(operation).__name__
-        known = type(operation).__module__.split(".")[0] in ("keras", "dwindle") and not isinstance(
-            operation, keras.Model
-        )
+        known = type(operation).__module__.split(".")[0] in ("keras", "dwindle") and kind not in _FROZEN_CLASSES
+        known = known and not isinstance(operation, keras.Model)
         if not labelled or not known or getattr(operation, "weights", None):
             for value in given:
                 self.analysis.pin(value, f"layer `{path}` ({kind}) is not known to channel pruning")

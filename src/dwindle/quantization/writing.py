@@ -16,10 +16,12 @@ import numpy as np
 
 from dwindle.errors import ConversionError, UnsupportedModelError
 from dwindle.lifting.flatbuffer import Graph, Operation, Tensor, parse, read_graph, serialize
+from dwindle.lifting.float_files import modern
 from dwindle.lifting.grids import Grid, Grids, WeightGrid
 from dwindle.quantization.assignment import QUANTIZER_NAMES, assign
 from dwindle.quantization.calibration import Ranges
 from dwindle.quantization.fake_quantization import LARGEST_BIAS, quantized_range
+from dwindle.quantization.near_zero import kept_float
 from dwindle.quantization.schemes import SCHEMES, Scheme
 
 Statistics = dict[str, dict[str, np.ndarray]]
@@ -41,7 +43,8 @@ def write_quantized(
 ) -> bytes:
     """Return a quantized file made from a float file.
 
-    A kind of operator whose quantized form LiteRT's kernels refuse to run stays float.
+    A kind of operator whose quantized form LiteRT's kernels refuse to run stays float, and so do operators around
+    values that integers can't tell from 0 (see `dwindle.quantization.near_zero`).
 
     Args:
         content: The float file.
@@ -62,6 +65,7 @@ def write_quantized(
     bounds.update(_power_of_two_bounds(graph, per_operator, bounds))
     if ranges is not None:
         ranges = _power_of_two_ranges(graph, per_operator, ranges)
+        per_operator = kept_float(graph, per_operator, ranges)
     while True:
         job = _Job(content=content, graph=graph, scheme=scheme, choices=per_operator, io_type=io_type, kept=kept)
         try:
@@ -158,7 +162,7 @@ class _Job:
     def _tool(self) -> Any:
         from ai_edge_quantizer import qtyping, quantizer
 
-        tool = quantizer.Quantizer(bytearray(self.content))
+        tool = quantizer.Quantizer(bytearray(modern(self.content)))
         base = max(set(self.choices), key=list(self.choices).count) if self.choices else self.scheme
         every = qtyping.TFLOperationName.ALL_SUPPORTED
         self._rule(tool, ".*", every, base)

@@ -28,6 +28,7 @@ def read(path: Path, trust: bool) -> Any:
     # Registers dwindle's own layers, so that files saved in the middle of a technique load.
     import dwindle.distillation
     import dwindle.lifting.lifted
+    import dwindle.lifting.onnx.islands
     import dwindle.transformed_layers  # noqa: F401
 
     config = _config(path)

@@ -235,12 +235,6 @@ def test_a_wrong_entry_is_named(path, monkeypatch):
         dw.load(path)
 
 
-def test_an_unknown_operator_is_named():
-    message = graph_of([helper.make_node("NonZero", ["x"], ["y"], name="where")], {}, {"x": ("N", 3)}, {"y": ("N", 3)})
-    with pytest.raises(UnsupportedModelError, match=r"NonZero `where` has no entry in the table of ONNX operators"):
-        lift_onnx(message)
-
-
 def damaged(change):
     message = convolutional()
     change(message)

@@ -225,7 +225,8 @@ def case_passes(case):
             fed = [np.asarray(value) for value in inputs[:kept]]
             graph.inputs = [(n, v.shape, d) for (n, _, d), v in zip(graph.inputs, fed, strict=True)]
             if kept:
-                _, model = build(graph, open_batch=False, layout="source", name="case")
+                builder, model = build(graph, open_batch=False, layout="source", name="case")
+                assert builder.islands == [], "a node stays as it is"  # which is no entry of the table
                 found = [keras.ops.convert_to_numpy(y) for y in keras.tree.flatten(model(fed[0] if kept == 1 else fed))]
             else:
                 builder = Builder(graph, open_batch=False)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from math import prod
 from typing import Any
 
 import keras
@@ -13,11 +14,13 @@ import numpy as np
 
 from dwindle.errors import UnsupportedModelError
 from dwindle.lifting.constants import Repeated
+from dwindle.lifting.onnx.cutting import cut_out, types_of
 from dwindle.lifting.onnx.folding import fold
 from dwindle.lifting.onnx.graph import Graph, Node, read_by, subgraph
+from dwindle.lifting.onnx.islands import OnnxIsland
 from dwindle.lifting.onnx.operators import OPERATORS
 from dwindle.lifting.onnx.patterns import simplified
-from dwindle.lifting.onnx.sizes import Size, known
+from dwindle.lifting.onnx.sizes import BATCH, Size, known, size
 from dwindle.lifting.onnx.values import Arranger, Moving, of
 
 # Operators that want channels on the second axis.
@@ -25,6 +28,28 @@ _SPATIAL = {"Conv", "ConvTranspose", "MaxPool", "AveragePool", "GlobalAveragePoo
             "BatchNormalization", "InstanceNormalization", "GroupNormalization"}  # fmt: skip
 # Operators whose result depends on the shapes of their inputs alone.
 _OF_SHAPES = {"Shape", "Size"}
+
+
+# Bytes above which the config of a .keras would be refused, which holds them as text.
+_LARGE = 40_000_000
+_NO_ENTRY = "no entry in the table of ONNX operators"
+
+
+@dataclass(frozen=True)
+class Frozen:
+    """Nodes that stay as they are in the file.
+
+    Attributes:
+        nodes: The nodes.
+        layer: The layer that runs them.
+        inputs: Names of the tensors that it takes.
+        outputs: Names of the tensors that it gives.
+    """
+
+    nodes: tuple[Node, ...]
+    layer: OnnxIsland
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
 
 
 class Builder(Arranger):
@@ -35,19 +60,26 @@ class Builder(Arranger):
         open_batch: Whether a first axis of length 1 of every input becomes one of any length.
         channels_last: Whether inputs with at least three axes, and outputs that have them in that order, have their
             channels last.
+        lenient: Whether nodes stay as they are where their operator has an entry, but not for how it is used; those
+            whose operator has none always do.
 
     Attributes:
         nodes: What is built, without nodes that no output needs.
         notes: What the user should know.
         turned: For each output whether it has its channels last, other than in the file.
+        islands: Nodes that stay as they are.
     """
 
-    def __init__(self, graph: Graph, *, open_batch: bool = True, channels_last: bool = False) -> None:
+    def __init__(
+        self, graph: Graph, *, open_batch: bool = True, channels_last: bool = False, lenient: bool = False
+    ) -> None:
         super().__init__()
         self.graph = graph
         self.open_batch = open_batch
         self.channels_last = channels_last
+        self.lenient = lenient
         self.notes: list[str] = []
+        self.islands: list[Frozen] = []
         self.turned: list[bool] = []
         self.values: dict[str, Any] = dict(graph.constants)
         self.nodes = [replace(node) for node in simplified(graph)]  # what is taken in changes a node's ends
@@ -61,6 +93,8 @@ class Builder(Arranger):
         self._layers: dict[str, Any] = {}
         self._node: Node | None = None
         self._open: set[Size] = set()
+        self._kept = set(graph.outputs)  # names that are read from outside of the nodes that are walked
+        self._types: dict[str, int] = {}
         self._reserve_names()
 
     def run(self) -> tuple[Any, Any]:
@@ -71,9 +105,79 @@ class Builder(Arranger):
 
     def walk(self, nodes: Sequence[Node]) -> None:
         """Compute every node whose result somebody reads."""
-        for node in nodes:
-            if id(node) not in self._taken:
+        waiting = list(nodes)[::-1]
+        while waiting:
+            node = waiting.pop()
+            if id(node) in self._taken:
+                continue
+            if self._is_unknown(node, set()):
+                self._keep(self._neighbours(node, waiting), _NO_ENTRY)
+            else:
                 self._operate(node)
+
+    def _is_unknown(self, node: Node, made: set[str]) -> bool:
+        """Return whether a node depends on the model's inputs, or on names that are made, and has no entry."""
+        if node.kind in OPERATORS or node.kind in _OF_SHAPES:
+            return False
+        read = {node.inputs[0]} if node.kind == "If" else read_by(node)
+        return bool(read & made) or any(isinstance(self._read(name), Moving | tuple) for name in read)
+
+    def _neighbours(self, node: Node, waiting: list[Node]) -> list[Node]:
+        """Return a node and those that follow and read its results, as long as they have no entry either."""
+        found, made = [node], set(node.outputs)
+        while waiting:
+            following = waiting[-1]
+            if id(following) not in self._taken:
+                read = read_by(following)
+                if not read & made and all(isinstance(self.values.get(name), np.ndarray) for name in read):
+                    self._operate(following)  # a constant of one that comes later
+                elif read & made and self._is_unknown(following, made):
+                    found.append(following)
+                    made.update(following.outputs)
+                else:
+                    break
+            waiting.pop()
+        return found
+
+    def _keep(self, nodes: Sequence[Node], reason: str) -> None:
+        """Leave nodes as they are, in one island."""
+        operators = ", ".join(dict.fromkeys(node.kind for node in nodes))
+        what = f"{operators} `{nodes[0].name}`"
+        if any(node.inputs != tuple(node.proto.input) for node in nodes):
+            raise UnsupportedModelError(f"{what} has {reason}")  # it stands for several nodes of the file
+        inside = {id(node) for node in nodes}
+        wanted = [
+            name for name in dict.fromkeys(name for node in nodes for name in node.outputs if name)
+            if name in self._kept or any(id(reader) not in inside for reader in self._readers.get(name, ()))
+        ]  # fmt: skip
+        if not wanted:  # in a branch, which is walked as it is
+            return
+        if not self._types:
+            self._types = types_of(self.graph.message)
+        cut = cut_out(nodes, self.values, wanted, self.graph, self._types)
+        name = self.name(nodes[0].name)
+        try:
+            layer = OnnxIsland.of(cut, operators, reason, declared=self.graph.shapes, name=name)
+            if self.open_batch and all(shape[:1] in ((1,), ()) for _, shape, _ in self.graph.inputs):
+                # A file for one sample may have that 1 inside of the nodes.
+                layer.check([np.zeros([_example(n) for n in self.values[entry].sizes]) for entry in cut.inputs])
+        except UnsupportedModelError as error:
+            raise UnsupportedModelError(f"{what} has {reason}, and can't stay as it is either: {error}") from None
+        given = [self.plain(self.values[entry]) for entry in cut.inputs]
+        results = layer(given if len(given) > 1 else given[0])
+        sizes = {str(n): n for entry in cut.inputs for n in self.values[entry].sizes}
+        for result, output, lengths in zip(keras.tree.flatten(results), wanted, layer.shapes, strict=True):
+            found = of(result, unknown=output)
+            found.sizes = tuple(
+                n if isinstance(n, int) else sizes.get(str(n)) or size(1, (f"{output}.{axis}",))
+                for axis, n in enumerate(lengths)
+            )
+            self.values[output] = found
+        self.islands.append(Frozen(tuple(nodes), layer, cut.inputs, tuple(wanted)))
+        if len(cut.content) > _LARGE:
+            self.note(f"`{name}` holds constants of {len(cut.content)} bytes: a .keras with it is too large to be read")
+        self.note(f"stays as in the file, in ONNX Runtime and without a gradient: `{name}` ({operators}), since it has "
+                  f"{reason}")  # fmt: skip
 
     def _input(self, name: str, shape: tuple[Any, ...], dtype: str) -> Any:
         lengths: list[int | None] = [n if isinstance(n, int) else None for n in shape]
@@ -125,15 +229,33 @@ class Builder(Arranger):
                 self._store(node, results)
                 return
         if node.kind not in OPERATORS:
-            raise UnsupportedModelError(f"{node.kind} `{node.name}` has no entry in the table of ONNX operators")
+            self._keep([node], _NO_ENTRY)
+            return
+        before = (set(self._names), set(self._taken), node.inputs, node.outputs, self.transposes)
+        try:
+            results = self._by_entry(node, inputs)
+        except UnsupportedModelError as error:
+            if not self.lenient:
+                raise
+            self._names, self._taken, node.inputs, node.outputs, self.transposes = before
+            self._keep([node], f"no entry for this use: {error}")
+            return
+        self._store(node, results)
+
+    def _by_entry(self, node: Node, inputs: Sequence[Any]) -> list[Any]:
         try:
             results = OPERATORS[node.kind](self, node, inputs)
+            if self.lenient:  # what fails must fail here, not where somebody reads it
+                count = self.transposes
+                for value in results if isinstance(results, list) else [results]:
+                    _ = value.tensor if isinstance(value, Moving) else None
+                self.transposes = count
         except UnsupportedModelError:
             raise
         except Exception as error:
             text = " ".join(str(error).split())[:300]
             raise UnsupportedModelError(f"{node.kind} `{node.name}` can't be built: {text}") from error
-        self._store(node, results if isinstance(results, list) else [results])
+        return results if isinstance(results, list) else [results]
 
     def _store(self, node: Node, results: Sequence[Any]) -> None:
         for name, value in zip(node.outputs, results, strict=False):
@@ -147,9 +269,7 @@ class Builder(Arranger):
             raise UnsupportedModelError(f"`{name}` is read but never made; the file is damaged")
         return self.values[name]
 
-    def _branch(self, node: Node, condition: Any) -> None:
-        if not isinstance(condition, np.ndarray):
-            raise UnsupportedModelError(f"If `{node.name}` decides by the data, which a Keras graph can't follow")
+    def _branch(self, node: Node, condition: np.ndarray) -> None:
         taken = node.attributes["then_branch" if bool(condition.ravel()[0]) else "else_branch"]
         nodes, constants, outputs = subgraph(taken, node.version)
         self.values |= constants
@@ -158,6 +278,7 @@ class Builder(Arranger):
                 self._readers.setdefault(name, []).append(inner)
         for name in outputs:
             self._readers.setdefault(name, []).append(node)
+        self._kept.update(outputs)
         self.walk(nodes)
         self._store(node, [self.values[name] for name in outputs])
 
@@ -244,6 +365,13 @@ class Builder(Arranger):
         for prefix, most in highest.items():
             while keras.backend.get_uid(prefix) <= most:
                 pass
+
+
+def _example(length: Any) -> int:
+    """Return a length to try for one that is open: two samples, and many of anything else."""
+    if not isinstance(length, Size):
+        return int(length)
+    return max(1, int(length.factor * prod(2 if name == BATCH else 32 for name in length.names)))
 
 
 def _base(name: str) -> str:

@@ -12,7 +12,8 @@ from dwindle.errors import UnsupportedModelError
 from dwindle.lifting.onnx.graph import Node
 from dwindle.lifting.onnx.sizes import Size, has_sizes, product
 
-_LARGEST_RESULT = 2**28
+#: Entries that a result may have.
+LARGEST_RESULT = 2**28
 _SHORT = 1024
 # What runs as long as the file says, or differs from time to time.
 _NEVER = {"Loop", "Scan", "SequenceMap", "RandomNormal", "RandomNormalLike", "RandomUniform", "RandomUniformLike",
@@ -72,10 +73,9 @@ def _check_size(node: Node, model: Any, given: Sequence[tuple[str, np.ndarray]])
         return  # the evaluation says what is wrong
     for result in inferred.graph.output:
         entries = prod(n.dim_value for n in result.type.tensor_type.shape.dim)
-        if entries > _LARGEST_RESULT:
+        if entries > LARGEST_RESULT:
             raise UnsupportedModelError(
-                f"{node.kind} `{node.name}` would make a constant of {entries} entries; the largest is "
-                f"{_LARGEST_RESULT}"
+                f"{node.kind} `{node.name}` would make a constant of {entries} entries; the largest is {LARGEST_RESULT}"
             )
 
 

@@ -14,6 +14,7 @@ from dwindle.errors import MissingDependencyError, UnsupportedModelError
 
 _LARGEST_FILE = 2**31 - 1  # what a protobuf message can hold
 _LARGEST_CONSTANT = 2**33
+_DEEPEST = 50  # branches and bodies in each other
 
 
 @dataclass(eq=False)
@@ -51,6 +52,9 @@ class Graph:
         outputs: Names.
         version: Version of the standard operator set.
         shapes: Shapes of results as far as the file tells, 1 for open lengths.
+        opsets: Version of each operator set, "" for the standard one.
+        ir_version: Version of the file format.
+        message: The `onnx.ModelProto`, its functions inlined.
     """
 
     name: str
@@ -60,6 +64,9 @@ class Graph:
     outputs: list[str]
     version: int
     shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    opsets: dict[str, int] = field(default_factory=dict)
+    ir_version: int = 8
+    message: Any = None
 
 
 def require_onnx() -> Any:
@@ -101,6 +108,9 @@ def read_graph(source: Any) -> Graph:
     versions = {opset.domain: opset.version for opset in model.opset_import}
     version = versions.get("", versions.get("ai.onnx", 1))
     graph = model.graph
+    for message in graph.node:
+        for inner in graphs_of(message):
+            _check_inside(inner)
     constants = _constants(graph, folder)
     inputs = [
         (value.name, *_described(value)) for value in graph.input if value.name not in constants
@@ -109,9 +119,12 @@ def read_graph(source: Any) -> Graph:
     shapes = {
         value.name: tuple(max(1, n.dim_value) for n in value.type.tensor_type.shape.dim)
         for value in (*graph.value_info, *graph.output)
-        if value.type.HasField("tensor_type")
+        if value.type.HasField("tensor_type") and value.type.tensor_type.HasField("shape")
     }
-    return Graph(graph.name, nodes, constants, inputs, [value.name for value in graph.output], version, shapes)
+    return Graph(
+        graph.name, nodes, constants, inputs, [value.name for value in graph.output], version, shapes,
+        opsets={**versions, "": version}, ir_version=model.ir_version or 8, message=model,
+    )  # fmt: skip
 
 
 def _parsed(path: Path) -> Any:
@@ -148,6 +161,29 @@ def _inside(folder: Path, location: str, what: str) -> Path:
     if not path.is_file():
         raise UnsupportedModelError(f"{what} lies in `{path}`, which does not exist; put it next to the model")
     return path
+
+
+def graphs_of(message: Any) -> Iterator[Any]:
+    """Yield the graphs in a node's attributes."""
+    for attribute in message.attribute:
+        if attribute.HasField("g"):
+            yield attribute.g
+        yield from attribute.graphs
+
+
+def _check_inside(graph: Any, depth: int = 0) -> None:
+    """Check the constants in a branch or a body, which runtimes read by themselves."""
+    if depth > _DEEPEST:
+        raise UnsupportedModelError(f"branches lie more than {_DEEPEST} deep in each other; the file is damaged")
+    _constants(graph, None)
+    for message in graph.node:
+        for attribute in message.attribute:
+            if attribute.HasField("sparse_tensor") or attribute.sparse_tensors:
+                raise UnsupportedModelError(f"`{message.name}` has a sparse constant; export the model with dense ones")
+            for tensor in (*([attribute.t] if attribute.HasField("t") else ()), *attribute.tensors):
+                array_of(tensor, None)
+        for inner in graphs_of(message):
+            _check_inside(inner, depth + 1)
 
 
 def subgraph(message: Any, version: int) -> tuple[list[Node], dict[str, np.ndarray], list[str]]:
@@ -298,13 +334,22 @@ def read_by(node: Node) -> set[str]:
     names = {name for name in node.inputs if name}
     for value in node.attributes.values():
         if hasattr(value, "node") and hasattr(value, "initializer"):
-            names |= _free(value)
+            names |= free_names(value)
     return names
 
 
-def _free(graph: Any, depth: int = 0) -> set[str]:
-    if depth > 50:
-        raise UnsupportedModelError("branches lie more than 50 deep in each other; the file is damaged")
+def free_names(graph: Any, depth: int = 0) -> set[str]:
+    """Return what a branch or a body reads from outside of it.
+
+    Args:
+        graph: An `onnx.GraphProto`.
+        depth: How many graphs it lies in.
+
+    Raises:
+        UnsupportedModelError: If graphs lie too deep in each other.
+    """
+    if depth > _DEEPEST:
+        raise UnsupportedModelError(f"branches lie more than {_DEEPEST} deep in each other; the file is damaged")
     own = {t.name for t in graph.initializer} | {v.name for v in graph.input}
     own |= {name for node in graph.node for name in node.output}
     read: set[str] = set()
@@ -312,7 +357,7 @@ def _free(graph: Any, depth: int = 0) -> set[str]:
         read |= {name for name in node.input if name}
         for attribute in node.attribute:
             if attribute.HasField("g"):
-                read |= _free(attribute.g, depth + 1)
+                read |= free_names(attribute.g, depth + 1)
     return (read | {v.name for v in graph.output}) - own
 
 

@@ -24,7 +24,8 @@ def lift_onnx(
     """Make a trainable Keras model from an ONNX file.
 
     Inside, images have their channels last, whatever the file says; transposes are pushed through and cancelled, and
-    ``model.notes`` counts those that are left. Layers are named after the file's nodes.
+    ``model.notes`` counts those that are left. Layers are named after the file's nodes. A node without an entry in the
+    table of operators runs in ONNX Runtime, as it is and without a gradient, and ``model.notes`` names it.
 
     Args:
         source: Path of an ``.onnx`` file, or an `onnx.ModelProto`.
@@ -40,7 +41,7 @@ def lift_onnx(
 
     Raises:
         ConfigError: If ``inputs`` does not fit.
-        UnsupportedModelError: If the file is damaged, or needs what can't be built.
+        UnsupportedModelError: If the file is damaged, or has a node that neither an entry nor ONNX Runtime can do.
         VerificationError: If the model does not predict what ONNX Runtime predicts.
         MissingDependencyError: If the `onnx` package is not installed.
     """
@@ -54,19 +55,26 @@ def lift_onnx(
 
 
 def _opened(graph: Graph, layout: str, name: str | None) -> tuple[Builder, keras.Model]:
-    """Return the model for any number of samples, or for one where the graph does not allow more."""
-    try:
-        return build(graph, open_batch=True, layout=layout, name=name)
-    except UnsupportedModelError as first:
-        closed = _one_sample(graph)
-        if closed is None:
-            raise
-        try:
-            builder, model = build(closed, open_batch=False, layout=layout, name=name)
-        except UnsupportedModelError:
-            raise first from None
-        model.notes = (*model.notes, f"takes one sample at a time: {first}")
-        return builder, model
+    """Return the model for any number of samples, or for one where the graph does not allow more.
+
+    Where neither can be, nodes that are used in a way that has no entry stay as they are.
+    """
+    first: UnsupportedModelError | None = None
+    closed = _one_sample(graph)
+    for lenient in (False, True):
+        for one_sample in (False, True):
+            tried = closed if one_sample else graph
+            if tried is None:
+                continue
+            try:
+                builder, model = build(tried, open_batch=not one_sample, layout=layout, name=name, lenient=lenient)
+            except UnsupportedModelError as error:
+                first = first or error
+                continue
+            if one_sample:
+                model.notes = (*model.notes, f"takes one sample at a time: {first}")
+            return builder, model
+    raise first or UnsupportedModelError("the graph can't be built")
 
 
 def _one_sample(graph: Graph) -> Graph | None:
@@ -76,9 +84,11 @@ def _one_sample(graph: Graph) -> Graph | None:
     return replace(graph, inputs=shapes) if any(shape for _, shape, _ in shapes) else None
 
 
-def build(graph: Graph, *, open_batch: bool, layout: str, name: str | None) -> tuple[Builder, keras.Model]:
+def build(
+    graph: Graph, *, open_batch: bool, layout: str, name: str | None, lenient: bool = False
+) -> tuple[Builder, keras.Model]:
     """Return the model of a graph, and what built it; nothing is compared yet."""
-    builder = Builder(graph, open_batch=open_batch, channels_last=layout == "channels_last")
+    builder = Builder(graph, open_batch=open_batch, channels_last=layout == "channels_last", lenient=lenient)
     inputs, outputs = builder.run()
     ends = [found[0] if len(found) == 1 else found for found in (inputs, outputs)]
     model = keras.Model(*ends, name=_valid(name or graph.name))

@@ -133,8 +133,14 @@ def _prelu(context: Context, operation: Operation, inputs: list[Any]) -> Any:
     return layer(inputs[0])
 
 
+def _root(x: Any) -> Any:
+    """Return the square root, whose gradient is 0 instead of infinite at 0, where rounding puts many values."""
+    at_zero = keras.ops.equal(x, 0)
+    return keras.ops.where(at_zero, x, keras.ops.sqrt(keras.ops.where(at_zero, keras.ops.ones_like(x), x)))
+
+
 _ELEMENTWISE = {
-    "ABS": keras.ops.abs, "EXP": keras.ops.exp, "LOG": keras.ops.log, "SQRT": keras.ops.sqrt, "RSQRT": keras.ops.rsqrt,
+    "ABS": keras.ops.abs, "EXP": keras.ops.exp, "LOG": keras.ops.log, "SQRT": _root, "RSQRT": keras.ops.rsqrt,
     "NEG": keras.ops.negative, "SQUARE": keras.ops.square, "SIN": keras.ops.sin, "COS": keras.ops.cos,
     "FLOOR": keras.ops.floor, "CEIL": keras.ops.ceil, "SIGN": keras.ops.sign, "ROUND": keras.ops.round,
     "LOGICAL_NOT": keras.ops.logical_not,
@@ -200,5 +206,5 @@ def _cast(context: Context, operation: Operation, inputs: list[Any]) -> Any:
 
 @operator("L2_NORMALIZATION")
 def _l2_normalization(context: Context, operation: Operation, inputs: list[Any]) -> Any:
-    size = keras.ops.sqrt(keras.ops.sum(keras.ops.square(inputs[0]), axis=-1, keepdims=True))
+    size = _root(keras.ops.sum(keras.ops.square(inputs[0]), axis=-1, keepdims=True))
     return finish(context, operation, keras.ops.divide(inputs[0], keras.ops.maximum(size, 1e-6)))

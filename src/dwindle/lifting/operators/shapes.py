@@ -82,6 +82,20 @@ def _unpack(context: Context, operation: Operation, inputs: list[Any]) -> Any:
     return list(keras.ops.unstack(inputs[0], num=int(operation.options["num"]), axis=axis))
 
 
+@operator("ONE_HOT")
+def _one_hot(context: Context, operation: Operation, inputs: list[Any]) -> Any:
+    del context
+    depth, on, off = (constant(operation, place).item() for place in (1, 2, 3))
+    axis = int(operation.options.get("axis", -1))
+    if axis not in (-1, rank_of(operation)):
+        raise unsupported(operation, "puts the classes before the last axis")
+    dtype = np.dtype(operation.outputs[0].dtype).name
+    found = keras.ops.one_hot(keras.ops.cast(inputs[0], "int32"), depth, dtype=dtype)
+    if on == 1 and off == 0:
+        return found
+    return keras.ops.add(keras.ops.multiply(found, on - off), off)
+
+
 @operator("PAD", "PADV2", "MIRROR_PAD")
 def _pad(context: Context, operation: Operation, inputs: list[Any]) -> Any:
     paddings = np.asarray(constant(operation, 1)).tolist()

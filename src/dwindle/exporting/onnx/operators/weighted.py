@@ -9,6 +9,7 @@ import numpy as np
 from dwindle.exporting.onnx.operators.registry import (
     Inputs,
     finish,
+    given,
     operator,
     optional,
     shape_of,
@@ -90,4 +91,16 @@ def _gather(writer: Writer, operation: Operation, inputs: Inputs) -> Any:
 @operator("EMBEDDING_LOOKUP")
 def _embedding_lookup(writer: Writer, operation: Operation, inputs: Inputs) -> Any:
     made = writer.node("Gather", [writer.plain(inputs[1]), writer.plain(inputs[0])], axis=0)
+    return Value(made, plain_axes(len(operation.outputs[0].shape)))
+
+
+@operator("ONE_HOT")
+def _one_hot(writer: Writer, operation: Operation, inputs: Inputs) -> Any:
+    depth, on, off = (given(operation, place) for place in (1, 2, 3))
+    ends = np.array([off.item(), on.item()], on.dtype)
+    # ONNX Runtime has it for a depth of the indices' own type.
+    indices = operation.inputs[0]
+    count = writer.initializer(depth.reshape(()).astype(depth.dtype if indices is None else indices.dtype), "depth")
+    names = [writer.plain(inputs[0]), count, writer.initializer(ends, "values")]
+    made = writer.node("OneHot", names, axis=int(operation.options.get("axis", -1)))
     return Value(made, plain_axes(len(operation.outputs[0].shape)))

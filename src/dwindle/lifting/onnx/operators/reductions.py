@@ -3,13 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import keras
 import numpy as np
 
+from dwindle.lifting.onnx.composites import VARIANCE
 from dwindle.lifting.onnx.graph import Node
-from dwindle.lifting.onnx.operators.registry import Context, Inputs, argument, moving, number, operator, unsupported
+from dwindle.lifting.onnx.operators.registry import (
+    OPERATORS,
+    Context,
+    Inputs,
+    argument,
+    moving,
+    number,
+    operator,
+    unsupported,
+)
 from dwindle.lifting.onnx.values import Moving
 
 ops = keras.ops
@@ -49,6 +60,23 @@ def _reduce(context: Context, node: Node, inputs: Inputs) -> Any:
         found = ops.cast(found, value.dtype)
     zero = value.at_least_zero and node.kind in ("ReduceMean", "ReduceSum", "ReduceMax", "ReduceMin")
     return context.value(found, without(value, gone, keep=keep), at_least_zero=zero)
+
+
+@operator(VARIANCE)
+def _variance(context: Context, node: Node, inputs: Inputs) -> Any:
+    """Return the mean of squared differences from the mean, or what the file says where that is no variance."""
+    written, value = inputs[:2], moving(node, inputs[2])
+    gone = {int(axis) % value.rank for axis in node.attributes["axes"]}
+    counts = [value.sizes[axis] for axis in gone]
+    factor = node.attributes.get("factor")
+    known = all(isinstance(n, int | np.integer) for n in counts)
+    if factor is not None and not (known and np.isclose(factor * np.prod(counts, dtype=float), 1.0, rtol=1e-6)):
+        return OPERATORS["Sub"](context, replace(node, kind="Sub"), written)
+    keep = bool(node.attributes["keepdims"])
+    places = tuple(sorted(value.place(axis) for axis in gone))
+    far = ops.square(ops.subtract(value.tensor, ops.mean(value.tensor, axis=places, keepdims=True)))
+    found = ops.mean(far, axis=places, keepdims=keep)
+    return context.value(found, without(value, gone, keep=keep), at_least_zero=True)
 
 
 @operator("ArgMax", "ArgMin")
