@@ -189,8 +189,6 @@ def test_what_is_refused_of_onnx(tmp_path, monkeypatch):
         return helper.make_model(helper.make_graph([node], "graph", given, [end], initializers))
 
     page = "from-onnx.md"
-    boxes = {"boxes": (1, 4, 4), "scores": (1, 1, 4)}
-    says(page, "an operator without an entry", model("NonMaxSuppression", boxes, name="boxes"))
     says(page, "a shape that does not fit", model("Relu", {"image": ("N", 1, 28, 28)}), inputs=(None, 3, 28, 28))
     weight = TensorProto(
         name="weight", dims=(3,), data_type=TensorProto.FLOAT, data_location=TensorProto.EXTERNAL
@@ -209,17 +207,6 @@ def test_what_is_refused_of_onnx(tmp_path, monkeypatch):
     sparse = model("Relu", {"x": (1, 3)})
     sparse.graph.sparse_initializer.add().values.name = "few"
     says(page, "sparse constants", sparse)
-    branch = helper.make_graph(
-        [helper.make_node("Relu", ["x"], ["z"])], "branch", [], [helper.make_tensor_value_info("z", 1, None)]
-    )  # fmt: skip
-    both = model("Relu", {"x": (1, 3)})
-    del both.graph.node[:]
-    both.graph.node.add().CopyFrom(helper.make_node("ReduceMin", ["x"], ["least"], keepdims=0))
-    both.graph.node.add().CopyFrom(helper.make_node("Cast", ["least"], ["sure"], to=TensorProto.BOOL))
-    both.graph.node.add().CopyFrom(
-        helper.make_node("If", ["sure"], ["y"], name="choice", then_branch=branch, else_branch=branch)
-    )
-    says(page, "a branch that data decide", both)
     monkeypatch.setitem(sys.modules, "onnx", None)
     says(page, "no package", "broken.onnx")
 
