@@ -12,7 +12,7 @@ import pytest
 from conftest import small_cnn
 
 import dwindle as dw
-from dwindle.compressing.goals import Goals, parse_drop, parse_latency
+from dwindle.compressing.goals import Goals, Verdict, parse_drop, parse_latency
 from dwindle.compressing.plans import Plan, read_plan
 from dwindle.compressing.recipes import Recipe
 from dwindle.compressing.steps import training_loss
@@ -189,6 +189,13 @@ def test_a_time_budget_ends_the_search_between_trials(trained, digits, tmp_path)
     assert not (tmp_path / "out" / "teacher").exists()
     with pytest.raises(dw.ConfigError, match="`budget` is 'soon'; it must be a time above 0"):
         dw.compress(trained, (x, y), goals=Goals(max_drop="1%"), out=tmp_path / "other", budget="soon")
+
+
+def test_a_bound_on_the_loss_is_told_as_what_it_is():
+    told = Verdict(goal="max_drop", unit="points", limit=0.005, value=-0.0023, met=True, upper=0.0017).text
+    assert told == "gain of 0.23 points (with 95% confidence at most 0.17 lost), at most 0.50 lost"
+    told = Verdict(goal="max_drop", unit="points", limit=0.005, value=-0.01, met=True, upper=-0.002).text
+    assert told == "gain of 1.00 points (with 95% confidence at least 0.20 gained), at most 0.50 lost"
 
 
 def test_a_loss_within_noise_is_called_so(trained, digits, tmp_path):

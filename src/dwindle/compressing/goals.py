@@ -264,7 +264,14 @@ class Verdict:
         """Say it in words."""
         if self.unit == "points":
             change = f"loss of {100 * self.value:.2f}" if self.value >= 0 else f"gain of {-100 * self.value:.2f}"
-            sure = "" if self.upper is None else f" (with 95% confidence at most {100 * self.upper:.2f})"
+            sure = ""
+            if self.upper is not None:
+                bound = (
+                    f"at least {-100 * self.upper:.2f} gained"
+                    if self.upper < 0
+                    else f"at most {100 * self.upper:.2f} lost"
+                )
+                sure = f" (with 95% confidence {bound})"
             return f"{change} points{sure}, at most {100 * self.limit:.2f} lost"
         if self.unit == "share":
             change = "worse" if self.value >= 0 else "better"
