@@ -6,11 +6,13 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
+from ai_edge_litert.interpreter import Interpreter
 from zoo import ZOO, outputs, samples, settle
 
 import dwindle as dw
 from dwindle.lifting import operators
-from dwindle.lifting.flatbuffer import read_graph
+from dwindle.lifting.building import refuse_states
+from dwindle.lifting.flatbuffer import Graph, Operation, read_graph
 from dwindle.measuring import LiteRTRunner
 
 SHAPE = (1, 9, 11, 6)
@@ -274,10 +276,12 @@ def test_saving_and_loading_a_lifted_model(tmp_path):
 
 
 @pytest.mark.parametrize("half", [False, True])
-def test_a_file_that_keeps_a_state_says_so(half):
+def test_a_state_that_a_file_keeps_is_an_input_and_an_output(half):
+    """Step by step against LiteRT, which keeps the state itself."""
+
     class Listener(tf.Module):
         def __init__(self):
-            self.past = tf.Variable(tf.zeros((1, 4, 6)))
+            self.past = tf.Variable(tf.fill((1, 4, 6), 0.25))
             self.kernel = constant(5, 6, 3)
 
         @tf.function(input_signature=[tf.TensorSpec((1, 1, 6))])
@@ -291,5 +295,28 @@ def test_a_file_that_keeps_a_state_says_so(half):
     converter.experimental_enable_resource_variables = True
     if half:  # operators without inputs in a file that has to be widened
         converter.optimizations, converter.target_spec.supported_types = [tf.lite.Optimize.DEFAULT], [tf.float16]
-    with pytest.raises(dw.UnsupportedModelError, match=r"keeps a state between runs \(\w+\), which can't be made"):
-        dw.lifting.lift(bytes(converter.convert()))
+    content = bytes(converter.convert())
+    model = dw.lift(content)
+    assert [tuple(tensor.shape) for tensor in model.inputs] == [(None, 1, 6), (None, 4, 6)]
+    assert any("begins with 0.25" in note and "given back from output" in note for note in model.notes)
+    streaming = Interpreter(model_content=content)
+    streaming.allocate_tensors()
+    given, made = streaming.get_input_details()[0]["index"], streaming.get_output_details()[0]["index"]
+    state = np.full((1, 4, 6), 0.25, np.float32)
+    for frame in np.random.default_rng(0).normal(size=(12, 1, 1, 6)).astype(np.float32):
+        streaming.set_tensor(given, frame)
+        streaming.invoke()
+        score, state = (keras.ops.convert_to_numpy(value) for value in keras.tree.flatten(model([frame, state])))
+        np.testing.assert_allclose(score, streaming.get_tensor(made), rtol=1e-4, atol=1e-5)
+    written = LiteRTRunner(model.to_float_file())
+    found = written.predict([frame, np.full((1, 4, 6), 0.5, np.float32)])
+    expected = keras.tree.flatten(model([frame, np.full((1, 4, 6), 0.5, np.float32)]))
+    for one, other in zip(found, expected, strict=True):
+        np.testing.assert_allclose(one, keras.ops.convert_to_numpy(other), rtol=1e-4, atol=1e-5)
+
+
+def test_a_state_that_is_no_variable_is_refused():
+    kept = Operation(index=0, name="SVDF", inputs=(), outputs=(), options={})
+    graph = Graph(tensors=(), operations=(kept,), inputs=(), outputs=(), input_names=(), output_names=())
+    with pytest.raises(dw.UnsupportedModelError, match=r"keeps a state between runs \(SVDF\), which can't be made"):
+        refuse_states(graph)

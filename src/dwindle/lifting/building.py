@@ -42,7 +42,7 @@ def refuse_states(graph: Graph) -> None:
         if operation.name in _STATEFUL:
             raise UnsupportedModelError(
                 f"the file keeps a state between runs ({operation.name}), which can't be made trainable; "
-                "its weights can be quantized after training"
+                "dwindle measures, inspects and packs it as it is"
             )
 
 

@@ -81,6 +81,11 @@ class Operation:
     outputs: tuple[Tensor, ...]
     options: Mapping[str, Any]
 
+    @property
+    def result(self) -> str:
+        """Name of the first output; of an operator without one, such as a write into a variable, its own."""
+        return self.outputs[0].name if self.outputs else self.name.lower()
+
 
 @dataclass(frozen=True, kw_only=True)
 class Graph:
@@ -444,7 +449,7 @@ def layer_name(operation: Operation) -> str:
     kernel = operation.inputs[1] if len(operation.inputs) > 1 else None
     weighted = kernel is not None and kernel.value is not None and kernel.dtype == np.float32 and kernel.value.size > 1
     names = [kernel.name] if kernel is not None and weighted and "/" in kernel.name else []
-    names.append(operation.outputs[0].name)
+    names.append(operation.result)
     parts = [part for name in names for part in name.split(";") if "/" in part]
     telling = [part for part in parts if weighted and re.sub(r"[_\d]*$", "", part.split("/")[-1]) in _KERNEL_SCOPES]
     found = short_name((telling or names)[0])

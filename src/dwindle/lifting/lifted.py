@@ -17,6 +17,7 @@ from dwindle.lifting.grids import Grids
 from dwindle.lifting.layout import channel_axis, to_file
 from dwindle.lifting.links import Link
 from dwindle.lifting.shared_constants import TiedWeight, followers, tie, unshared
+from dwindle.lifting.states import with_states_outside
 from dwindle.weights import recursion_of, walk_layers
 
 #: Operations in a row that a lifted graph may have; Keras walks them recursively.
@@ -174,6 +175,7 @@ def lift(source: Any, *, name: str | None = None) -> LiftedModel:
     BatchNorm is folded, activations are fused, and nested, subclassed and custom layers are flat, exactly as in the
     file. Each layer is named after the operator's output in the file. An operator without an entry in the table runs
     frozen in the interpreter, and ``notes`` names it. float16, sparse and quantized files are widened to float32.
+    Variables, in which streaming files keep a state between runs, become inputs and outputs, and ``notes`` says which.
 
     Args:
         source: Path or bytes of a ``.tflite`` file, or a `keras.Model` (which is converted to one first).
@@ -183,7 +185,7 @@ def lift(source: Any, *, name: str | None = None) -> LiftedModel:
         A functional model; ``to_float_file`` writes its weights back into the file that it came from.
 
     Raises:
-        UnsupportedModelError: For a broken file, or one that keeps a state between runs.
+        UnsupportedModelError: For a broken file, or one that keeps a state between runs other than in variables.
     """
     if isinstance(source, keras.Model):
         from dwindle.exporting.convert import float_file
@@ -191,8 +193,10 @@ def lift(source: Any, *, name: str | None = None) -> LiftedModel:
         name, content = name or source.name, float_file(source)
     else:
         content = source if isinstance(source, bytes) else Path(source).read_bytes()
+    content, states = with_states_outside(content)
     refuse_states(read_graph(content))
     content, notes = as_float(content)
+    notes = [*notes, *map(str, states)]
     return build_lifted(unshared(content), grids=None, name=name or "lifted", notes=notes)
 
 

@@ -109,8 +109,8 @@ def inspect_file(path: str | Path) -> Inspection:
         points = 0 if weight is None or weight.zero_point is None else int(weight.zero_point.reshape(-1)[0])
         rows.append(
             Row(
-                index=operation.index, op=operation.name, name=operation.outputs[0].name,
-                output_shape=operation.outputs[0].shape,
+                index=operation.index, op=operation.name, name=operation.result,
+                output_shape=operation.outputs[0].shape if operation.outputs else (),
                 parameters=sum(int(np.prod(t.shape)) for t in numbers),
                 size_bytes=sum(t.stored_bytes for t in constants),
                 bits=0 if weight is None else weight.bits,

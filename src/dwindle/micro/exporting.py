@@ -212,7 +212,10 @@ def _float_notes(content: bytes) -> list[str]:
     graph = read_graph(content)
     if not any(tensor.is_quantized for tensor in graph.tensors):
         return ["the file computes in float32; a core without a floating-point unit is slow at that"]
-    floats = [op for op in graph.operations if op.outputs[0].dtype == np.float32 and op.name != "DEQUANTIZE"]
+    floats = [
+        op for op in graph.operations
+        if op.outputs and op.outputs[0].dtype == np.float32 and op.name != "DEQUANTIZE"
+    ]  # fmt: skip
     return list(dict.fromkeys(f"layer `{layer_name(op)}` ({op.name}) computes in float32" for op in floats))
 
 

@@ -23,7 +23,7 @@ def names_of(operation: Operation) -> tuple[str, ...]:
     for tensor in (kernel if kernel is not None and kernel.value is not None else None, *operation.outputs):
         if tensor is not None:
             found += [tensor.name, short_name(tensor.name)]
-    first = operation.outputs[0].name.split(";")[0]
+    first = operation.result.split(";")[0]
     found += [part for part in re.split(r"[/:]", first) if part]
     return tuple(dict.fromkeys(found))
 
@@ -48,7 +48,7 @@ def pattern_of(graph: Graph, number: int) -> str:
     shown = display_names(graph)
     every = [(*names_of(operation), name) for operation, name in zip(graph.operations, shown, strict=True)]
     matching = [i for i, names in enumerate(every) if _matches(shown[number], names)]
-    return shown[number] if matching == [number] else graph.operations[number].outputs[0].name
+    return shown[number] if matching == [number] else graph.operations[number].result
 
 
 def has_weights(operation: Operation) -> bool:
