@@ -42,8 +42,11 @@ class Spelling:
         """Return a constant, None where the tensor is none."""
         value = self._graph.constants.get(name)
         if value is None and (maker := self.maker(name, "Constant")) is not None:
-            given = maker.attributes.get("value")
-            value = given if isinstance(given, np.ndarray) else np.asarray(maker.attributes.get("value_float", np.nan))
+            kinds = ("value", "value_float", "value_floats", "value_int", "value_ints")
+            given = next((maker.attributes[kind] for kind in kinds if kind in maker.attributes), None)
+            value = None if given is None else np.asarray(given)
+            if value is not None and value.dtype.kind not in "biuf":  # text, or a sparse tensor
+                value = None
         return value
 
     def scalar(self, name: str) -> float | None:
