@@ -12,8 +12,8 @@ from dwindle.units import number_in, parse_drop, parse_size
 
 LIMITS = ("max_drop", "max_relative_drop", "max_size", "max_packed", "max_latency", "max_ram")
 LATENCIES = ("p50", "p90")
-# Quantile of the normal distribution for one-sided 90%.
-_SURE = 1.2815515655446004
+# Quantile of the normal distribution for one-sided 99%: what is picked is the best of dozens of trials.
+_SURE = 2.3263478740408408
 # Bytes up to which names and metadata count: of a file that is asked for, and of an original that is to get small.
 SMALL_FILE, SMALL_MODEL = 100_000, 2_000_000
 # What can be made small among the files that meet the goals.
@@ -137,7 +137,7 @@ class Goals:
     def cautious(
         self, baseline: Mapping[str, Any], trial: Mapping[str, Any], higher_is_better: bool
     ) -> Mapping[str, Any]:
-        """Return a trial's figures with the metric that it has with 90% confidence, for picking between trials.
+        """Return a trial's figures with the metric that it has with 99% confidence, for picking between trials.
 
         The file that just keeps a limit on the samples that picked it is one that was lucky there, and more likely than
         not to miss it elsewhere. Three quarters of the limit are the most that is taken off, so that strict limits can
