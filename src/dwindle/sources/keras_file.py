@@ -6,6 +6,7 @@ import json
 import re
 import shutil
 import tempfile
+import warnings
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -40,7 +41,10 @@ def read(path: Path, trust: bool) -> Any:
     if not (isinstance(config, dict) and config.get("compile_config")):
         return _uncompiled(path, trust)
     try:
-        return keras.saving.load_model(path, safe_mode=not trust)
+        with warnings.catch_warnings():
+            # A model in it that was compiled and never trained: Keras builds the optimizer only when it loads.
+            warnings.filterwarnings("ignore", message=".* the saved optimizer has 0 variables")
+            return keras.saving.load_model(path, safe_mode=not trust)
     except (TypeError, ValueError):
         # Often a loss or metric of the user's own, which is not needed to compress the model.
         return _uncompiled(path, trust)
