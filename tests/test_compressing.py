@@ -68,6 +68,9 @@ def test_plans_round_trip_through_yaml(tmp_path):
     (tmp_path / "plan.yaml").write_text(plan.to_yaml())
     assert read_plan(tmp_path / "plan.yaml") == plan
     assert plan.steps[1][1]["temperature"] == 4.0
+    # YAML takes a number without a point for a word.
+    (tmp_path / "plan.yaml").write_text("steps: [{train: {learning_rate: 1e-3}}, {export: {}}]")
+    assert read_plan(tmp_path / "plan.yaml").steps[0][1]["learning_rate"] == 0.001
 
 
 @pytest.mark.parametrize(
@@ -81,6 +84,11 @@ def test_plans_round_trip_through_yaml(tmp_path):
         ("version: 2\nsteps: [{export: {}}]", "version 2"),
         ("[", "can't be read"),
         ("3", "must be a mapping"),
+        ("steps: [{export: {scheme: [int8]}}]", r"scheme \['int8'\]; known are"),
+        ("steps: [{export: {scheme: {'*': [int8]}}}]", r"scheme \['int8'\]; known are"),
+        ("steps: [{train: {shift: a}}, {export: {}}]", "`shift` 'a'; it must be a number, such as 0.0"),
+        ("steps: [{train: {epochs: 1.5}}, {export: {}}]", "`epochs` 1.5; it must be a whole number, such as 1"),
+        ("steps: [{export: {compact: 1}}]", "`compact` 1; it must be true or false"),
     ],
 )
 def test_bad_plans(text, message, tmp_path):

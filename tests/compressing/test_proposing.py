@@ -8,7 +8,7 @@ import keras
 import pytest
 
 import dwindle as dw
-from dwindle.compressing.proposing import NARROWEST, WIDEST, Proposer
+from dwindle.compressing.proposing import NARROWEST, WIDEST, Proposer, _narrowed, _Study
 from dwindle.compressing.recipes import Recipe
 from dwindle.compressing.trying import blank
 
@@ -19,6 +19,7 @@ BASELINE = {
     "size_bytes": 1_700_000,
     "latency_ms": {"p50": 4.0, "p90": 4.1},
     "ram_bytes": 60_000,
+    "packed_bytes": 1_500_000,
 }
 
 
@@ -47,13 +48,13 @@ def width_of(steps):
     return shrink["width"], shrink["start"]
 
 
-def found_by(goals, schemes=("int8",), trials=60, seed=0, higher=True, landscape=loss):
+def found_by(goals, schemes=("int8",), trials=60, seed=0, higher=True, landscape=loss, of_kind=None):
     """Run the strategy to its end; return the records of all trials."""
     baseline = {**BASELINE, "plan": {"steps": [{"export": {"scheme": "float32"}}]}}
     proposer = Proposer(
         model=keras.Sequential([keras.Input((4,)), keras.layers.Dense(2)]), goals=goals, higher_is_better=higher,
         baseline=baseline, schemes=schemes, epochs=EPOCHS, trials=trials, seed=seed,
-        screen=lambda recipe: figures(recipe.width, recipe.scheme),
+        screen=lambda recipes: [(of_kind or figures)(recipe.width, recipe.scheme) for recipe in recipes],
     )  # fmt: skip
     generator, records = proposer.batches(without_training=False, without_samples=False), []
     plans = next(generator)
@@ -64,6 +65,7 @@ def found_by(goals, schemes=("int8",), trials=60, seed=0, higher=True, landscape
             width, start = width_of(plan.steps)
             epochs = sum(o["epochs"] for step, o in plan.steps if step == "train" and o["learning_rate"] > 2e-4)
             record = blank(len(records), plan, status="done", reason=None) | figures(width, scheme)
+            record["packed_bytes"] = round(0.9 * record["size_bytes"])
             lost = landscape(width, epochs, start, scheme) if width < 1 else 0.0005
             record["accuracy"] = BASELINE["accuracy"] - lost if higher else BASELINE["accuracy"] + lost
             records.append(record)
@@ -171,3 +173,57 @@ def test_files_are_compact_where_kilobytes_count():
     assert not dw.Goals(max_drop=0.01, minimize="latency").compacts(small)
     written = [r["plan"]["steps"][-1]["export"]["compact"] for r in found_by(dw.Goals(max_size="20KB"))]
     assert all(written)
+
+
+def narrowed(answers):
+    """Return the width that is found where `answers` says of each whether it fits, and what was asked."""
+    search, asked = _narrowed(), []
+    width = next(search)
+    while True:
+        asked.append(width)
+        try:
+            width = search.send(answers(width))
+        except StopIteration as end:
+            return end.value, asked
+
+
+@pytest.mark.parametrize("limit", [0.04, 0.05, 0.161, 0.3, 0.79])
+def test_the_widest_width_is_found_to_a_twentieth(limit):
+    found, asked = narrowed(lambda width: width <= limit)
+    assert limit / 1.06 <= found <= limit
+    assert len(asked) <= 8
+
+
+def test_widths_too_narrow_to_be_possible_do_not_hide_those_that_fit():
+    found, _ = narrowed(lambda width: None if width < 0.33 else width <= 0.5)
+    assert 0.5 / 1.06 <= found <= 0.5
+
+
+def test_what_no_width_can_do_is_given_up():
+    assert narrowed(lambda _: None) == (None, [WIDEST])
+    assert narrowed(lambda _: False)[0] is None
+    assert narrowed(lambda _: True) == (WIDEST, [WIDEST])
+
+
+def test_the_optimizer_is_told_of_wider_ones_than_it_asks_for():
+    study = _Study(0, widest=0.22, deepens=False, schemes=["int8"], packs=False)
+    study.tell(Recipe(width=0.248, energy=0.9), 1.0)
+    assert study.ask().width <= 0.22
+
+
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("goals", [
+    dw.Goals(max_drop=0.001, max_packed="12KB"),
+    dw.Goals(max_drop=0.001, minimize="packed"),
+    dw.Goals(max_drop=0.0005, max_size="24KB", minimize="drop"),
+])  # fmt: skip
+def test_the_optimizer_takes_whatever_was_tried(goals, seed, monkeypatch):
+    # Kinds of candidates differ in size at the same width, so that some are tried wider than any that is known yet.
+    made = []
+
+    def smaller_each_time(width, scheme):
+        made.append(width)
+        return figures(width * 0.97 ** (len(made) % 9), scheme)
+
+    monkeypatch.setattr("dwindle.compressing.proposing.residual_blocks", lambda _: [type("B", (), {"pinned": False})])
+    assert len(found_by(goals, ("int8", "int4"), seed=seed, of_kind=smaller_each_time)) > 10

@@ -44,17 +44,19 @@ def test_shifts_are_for_images_that_have_a_class():
         x = L.Conv2D(2, 3, padding="same")(inputs) if len(shape) == 3 else inputs
         return keras.Model(inputs, x if ends else L.Dense(3)(L.Flatten()(x)))
 
-    def split(*shape):
-        return Split(x=(np.zeros((4, *shape), np.float32),), y=np.zeros(4, np.int64))
+    def split(*shape, y=(0, 1, 2, 2)):
+        return Split(x=(np.zeros((4, *shape), np.float32),), y=np.array(y))
 
     assert shifts(network(16, 20, 3), split(16, 20, 3))
+    assert shifts(network(16, 20, 3), split(16, 20, 3, y=np.eye(3)[[0, 1, 2, 2]]))
+    assert not shifts(network(16, 20, 3), split(16, 20, 3, y=np.full((4, 3), 0.7)))  # places of something
     assert not shifts(network(16, 20, 3), None)
     assert not shifts(network(8, 20, 3), split(8, 20, 3))
     assert not shifts(network(20), split(20))
     assert not shifts(network(16, 20, 3, ends=True), split(16, 20, 3))
 
 
-def test_a_plan_may_shift_images_and_only_images(task, tmp_path):
+def test_a_plan_may_shift_images_and_only_images(task, tmp_path, monkeypatch):
     inputs = keras.Input((16, 16, 1))
     model = keras.Model(inputs, L.Dense(3, activation="softmax")(L.Flatten()(L.Conv2D(4, 3)(inputs))))
     model.compile("adam", "sparse_categorical_crossentropy")
@@ -66,8 +68,20 @@ def test_a_plan_may_shift_images_and_only_images(task, tmp_path):
     training = {"epochs": 2, "learning_rate": 1e-3, "shift": 0.07}
     plan = dw.Plan(name="moved", steps=(("shrink", {"width": 0.5}), ("train", training), ("export", {})))
     options = {"goals": dw.Goals(max_drop=0.9), "data": {"x_train": x, "y_train": y, "x_val": x, "y_val": y}}
+    batches = []
+
+    class Watched(Shifted):
+        def __getitem__(self, index):
+            images, labels = super().__getitem__(index)
+            batches.append(images)
+            return images, labels
+
+    monkeypatch.setattr("dwindle.compressing.steps.Shifted", Watched)
     found = [dw.compress(model, plan=plan, out=tmp_path / name, **options) for name in ("one", "two")]
     assert found[0].report["result"]["sha256"] == found[1].report["result"]["sha256"]
+    assert len(batches) >= 2 * 2 * 5
+    as_they_were = [(image == x).all(axis=(1, 2, 3)).any() for image in np.concatenate(batches)]
+    assert 0.05 < np.mean(as_they_were) < 0.2  # one of nine
     vectors, parts = task
     data = {f"{part}_{kind}": array for kind, pair in parts.items() for part, array in zip("xy", pair, strict=True)}
     failed = dw.compress(vectors, plan=plan, goals=dw.Goals(max_drop=0.9), data=data, out=tmp_path / "three")

@@ -12,7 +12,7 @@ import shutil
 import signal
 import tempfile
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -57,6 +57,10 @@ class Engine(Protocol):
         """Yield each task with its record; its files are then in its folder."""
         ...
 
+    def map(self, work: Callable[[Any, Any], Any], items: Sequence[Any]) -> Iterator[Any]:
+        """Yield ``work(case, item)`` for each item, in their order; ``work`` is a function of a module."""
+        ...
+
     def close(self) -> None:
         """Let go of what it holds."""
         ...
@@ -81,6 +85,10 @@ class Inline:
         for task in tasks:
             self._tell(begins(task))
             yield task, try_plan(self._case, task.plan, task.number, task.working)
+
+    def map(self, work: Callable[[Any, Any], Any], items: Sequence[Any]) -> Iterator[Any]:
+        """See `Engine`."""
+        return (work(self._case, item) for item in items)
 
     def close(self) -> None:
         """See `Engine`."""
@@ -120,18 +128,21 @@ class Processes:
         """See `Engine`."""
         coming = {self._pool.submit(_work, task): task for task in tasks}
         while coming:
-            self._interruption.check()
-            done, _ = concurrent.futures.wait(coming, 0.2, concurrent.futures.FIRST_COMPLETED)
-            for future in done:
+            for future in self._done(coming):
                 task = coming.pop(future)
-                try:
-                    record = future.result()
-                except concurrent.futures.process.BrokenProcessPool:
-                    raise ConfigError(
-                        f"a worker process ended in the middle of [{task.number}] {task.plan.name}; is there "
-                        "memory for them all, and does your script call dw.compress under `if __name__ == '__main__':`?"
-                    ) from None
-                yield task, record
+                yield task, _result(future, f"[{task.number}] {task.plan.name}")
+
+    def map(self, work: Callable[[Any, Any], Any], items: Sequence[Any]) -> Iterator[Any]:
+        """See `Engine`."""
+        for future in [self._pool.submit(_call, work, item) for item in items]:
+            while not self._done([future]):
+                pass
+            yield _result(future, "its work")
+
+    def _done(self, coming: Iterable[Any]) -> set[Any]:
+        """Return which of these have ended, after waiting a moment for the first."""
+        self._interruption.check()
+        return concurrent.futures.wait(coming, 0.2, concurrent.futures.FIRST_COMPLETED).done
 
     def close(self) -> None:
         """See `Engine`."""
@@ -198,22 +209,36 @@ class Ray:
 
     def run(self, tasks: Sequence[Task]) -> Iterator[tuple[Task, dict[str, Any]]]:
         """See `Engine`."""
-        waiting, idle = list(tasks), list(self._actors)
-        coming: dict[Any, tuple[Task, Any]] = {}
+
+        def begin(actor: Any, task: Task) -> Any:
+            self._tell(begins(task))
+            return actor.work.remote(task.number, task.plan.to_dict())
+
+        for task, (record, files) in self._spread(begin, tasks):
+            for name, content in files.items():
+                (task.working / name).write_bytes(content)
+            yield task, record
+
+    def map(self, work: Callable[[Any, Any], Any], items: Sequence[Any]) -> Iterator[Any]:
+        """See `Engine`."""
+        numbers = range(len(items))
+        found = dict(self._spread(lambda actor, number: actor.call.remote(work, items[number]), numbers))
+        return (found[number] for number in numbers)
+
+    def _spread(self, begin: Callable[[Any, Any], Any], jobs: Iterable[Any]) -> Iterator[tuple[Any, Any]]:
+        """Let every actor work on a job at a time; yield each job with its result, as they end."""
+        waiting, idle = list(jobs), list(self._actors)
+        coming: dict[Any, tuple[Any, Any]] = {}
         while waiting or coming:
             self._interruption.check()
             while waiting and idle:
-                task, actor = waiting.pop(0), idle.pop()
-                self._tell(begins(task))
-                coming[actor.work.remote(task.number, task.plan.to_dict())] = (task, actor)
+                job, actor = waiting.pop(0), idle.pop()
+                coming[begin(actor, job)] = (job, actor)
             done, _ = self._ray.wait(list(coming), timeout=0.2)
             for reference in done:
-                task, actor = coming.pop(reference)
+                job, actor = coming.pop(reference)
                 idle.append(actor)
-                record, files = self._ray.get(reference)
-                for name, content in files.items():
-                    (task.working / name).write_bytes(content)
-                yield task, record
+                yield job, self._ray.get(reference)
 
     def close(self) -> None:
         """See `Engine`."""
@@ -248,6 +273,10 @@ class _Actor:
         with tempfile.TemporaryDirectory() as working:
             record = try_plan(self._case, Plan.from_dict(plan), number, Path(working))
             return record, {path.name: path.read_bytes() for path in Path(working).iterdir() if path.is_file()}
+
+    def call(self, work: Callable[[Any, Any], Any], item: Any) -> Any:
+        """Return ``work(case, item)``."""
+        return work(self._case, item)
 
 
 def share(case: Any, folder: Path) -> None:
@@ -361,3 +390,18 @@ def _work(task: Task) -> dict[str, Any]:
     _worker["trial"] = task.number
     _worker["case"].bench.tell(begins(task))
     return try_plan(_worker["case"], task.plan, task.number, task.working)
+
+
+def _call(work: Callable[[Any, Any], Any], item: Any) -> Any:
+    """Return ``work(case, item)``, in a worker process."""
+    return work(_worker["case"], item)
+
+
+def _result(future: Any, what: str) -> Any:
+    try:
+        return future.result()
+    except concurrent.futures.process.BrokenProcessPool:
+        raise ConfigError(
+            f"a worker process ended in the middle of {what}; is there memory for them all, and does your script call "
+            "dw.compress under `if __name__ == '__main__':`?"
+        ) from None

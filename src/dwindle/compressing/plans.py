@@ -68,14 +68,15 @@ class Plan:
                         f"step `{step}` of plan `{self.name}` has option `{key}`; known are {', '.join(known)}"
                         f"{did_you_mean(key, known)}"
                     )
-            scheme = options.get("scheme")
-            for one in schemes_in(scheme):
-                if one not in SCHEMES:
+            for one in schemes_in(options.get("scheme")):
+                if not isinstance(one, str) or one not in SCHEMES:
                     raise ConfigError(
                         f"step `{step}` of plan `{self.name}` has scheme {one!r}; known are {', '.join(SCHEMES)}, or a "
                         f"mapping from layers or operators to these{did_you_mean(str(one), SCHEMES)}"
                     )
-            filled.append((step, {**known, **options}))
+            given = {key: _checked(value, known[key], f"step `{step}` of plan `{self.name}` has `{key}`")
+                     for key, value in options.items()}  # fmt: skip
+            filled.append((step, {**known, **given}))
         object.__setattr__(self, "steps", tuple(filled))
 
     @property
@@ -137,6 +138,28 @@ def read_plan(path: str | Path) -> Plan:
         return Plan.from_dict(yaml.safe_load(Path(path).read_text(encoding="utf8")))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise ConfigError(f"plan `{path}` can't be read: {' '.join(str(error).split())[:200]}") from None
+
+
+def _checked(value: Any, default: Any, what: str) -> Any:
+    """Return the value of an option, which is of its default's kind; what it may be beyond that, its step checks.
+
+    Raises:
+        ConfigError: If it is of another kind.
+    """
+    if isinstance(default, bool) or not isinstance(default, int | float):
+        if isinstance(default, bool) and not isinstance(value, bool):
+            raise ConfigError(f"{what} {value!r}; it must be true or false")
+        return value
+    number = value
+    if isinstance(value, str):  # YAML takes 1e-3, without a point, for a word
+        try:
+            number = float(value)
+        except ValueError:
+            number = None
+    whole = isinstance(default, int)
+    if isinstance(number, bool) or not isinstance(number, int | float) or (whole and number != int(number)):
+        raise ConfigError(f"{what} {value!r}; it must be a {'whole ' if whole else ''}number, such as {default}")
+    return int(number) if whole else number
 
 
 def _short(value: Any) -> str:

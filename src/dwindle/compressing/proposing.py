@@ -30,6 +30,8 @@ BEGINNING = 0.5
 PATIENCE = 4
 # What the loss of a short training becomes by the next longer one, before anything was learned about it.
 REPAIRED = 0.4
+# Share of single weights set to 0 where packed bytes count.
+PACKED_SPARSITY = 0.7
 # Share of the weights that dense layers must have for their bits to be chosen apart.
 MANY_DENSE = 0.3
 # A longer training may do better than expected: it is tried if this share of the expected loss would do.
@@ -67,7 +69,7 @@ class Proposer:
         higher_is_better: Whether the metric is.
         baseline: Record of the original.
         schemes: Schemes of files that the target runs; None: all.
-        screen: Gives the figures of a recipe's untrained file, None where there is none.
+        screen: Gives the figures of recipes' untrained files, None where there is none.
         epochs: Epochs of a whole training.
         trials: How many trials there are at most, besides the original.
         shifts: Whether the samples are images that may be shifted.
@@ -80,8 +82,8 @@ class Proposer:
 
     def __init__(
         self, *, model: keras.Model, goals: Goals, higher_is_better: bool, baseline: Record,
-        schemes: Sequence[str] | None, screen: Callable[[Recipe], Record | None], epochs: int, trials: int, seed: int,
-        shifts: bool = False,
+        schemes: Sequence[str] | None, screen: Callable[[Sequence[Recipe]], Sequence[Record | None]], epochs: int,
+        trials: int, seed: int, shifts: bool = False,
     ) -> None:  # fmt: skip
         self._shifts = shifts
         self._goals, self._higher, self._baseline = goals, higher_is_better, baseline
@@ -174,50 +176,46 @@ class Proposer:
         if self._deepens:
             found.append(Recipe(scheme=first, depth=0.67, allotted="by-bytes"))
         if self._goals.needs_packed:
-            found.append(Recipe(scheme=first, sparsity=0.7, clusters=16, allotted="by-bytes"))
+            found.append(Recipe(scheme=first, sparsity=PACKED_SPARSITY, clusters=16, allotted="by-bytes"))
         return found
 
     def _first(self) -> list[Recipe]:
         """Return the first candidates: of each family the widest that the goals allow, and a narrower one."""
         found: list[Recipe] = []
         families = self._families()
-        for family in families:
-            self._tops[_kind(family)] = top = self._widest(family)
+        for family, top in zip(families, self._widest(families), strict=True):
+            self._tops[_kind(family)] = top
             if top == WIDEST and self._goals.limits_drop:
                 top = BEGINNING  # nothing but the loss sets a limit, and narrow ones are trained in less time
             if top is not None:
                 found += [replace(family, width=_round(max(NARROWEST, top * factor))) for factor in (1, 0.6)]
         if not found:  # nothing is small enough: a ladder shows what there is instead
             found = [replace(families[0], width=width) for width in (0.5, 0.25, 0.12, 0.06, NARROWEST)]
-        return [recipe for recipe in dict.fromkeys(found) if self._screened(recipe) is not None]
+        found = list(dict.fromkeys(found))
+        return [recipe for recipe, figures in zip(found, self._screened(found), strict=True) if figures is not None]
 
-    def _screened(self, recipe: Recipe) -> Record | None:
-        """Return the figures of the untrained file; zeros and shared values do not change them."""
-        return self._screen(replace(recipe, sparsity=0.0, clusters=0))
+    def _screened(self, recipes: Sequence[Recipe]) -> Sequence[Record | None]:
+        """Return the figures of untrained files; zeros and shared values do not change them."""
+        return self._screen([replace(recipe, sparsity=0.0, clusters=0) for recipe in recipes])
 
-    def _widest(self, family: Recipe) -> float | None:
-        """Return the largest width whose untrained file meets the goals on size, latency and RAM; None: no width."""
-        steps = [_round(WIDEST * (NARROWEST / WIDEST) ** (number / 15)) for number in range(16)]
-        if self._fits(replace(family, width=steps[0])):
-            return steps[0]
-        low, high = 0, len(steps)  # steps[low] does not fit, steps[high] does; the last may not either
-        while high - low > 1:
-            middle = (low + high) // 2
-            low, high = (low, middle) if self._fits(replace(family, width=steps[middle])) else (middle, high)
-        if high == len(steps):
-            return None
-        fits, too_wide = steps[high], steps[high - 1]
-        for _ in range(2):  # a step is a fifth, and goals are to be used up
-            middle_width = _round((fits * too_wide) ** 0.5)
-            if self._fits(replace(family, width=middle_width)):
-                fits = middle_width
-            else:
-                too_wide = middle_width
-        return fits
+    def _widest(self, families: Sequence[Recipe]) -> list[float | None]:
+        """Return of each family the largest width that the goals allow; None: no width. All are narrowed down at once.
 
-    def _fits(self, recipe: Recipe) -> bool:
-        figures = self._screened(recipe)
-        return figures is not None and self._rest_met(figures, 0.05)
+        What is allowed is found out on untrained files: the goals on size, latency and RAM.
+        """
+        searches = [_narrowed() for _ in families]
+        asked = {number: next(search) for number, search in enumerate(searches)}
+        tops: list[float | None] = [None] * len(families)
+        while asked:
+            recipes = [replace(families[number], width=width) for number, width in asked.items()]
+            for number, figures in zip(list(asked), self._screened(recipes), strict=True):
+                fits = None if figures is None else self._rest_met(figures, 0.05)
+                try:
+                    asked[number] = searches[number].send(fits)
+                except StopIteration as end:
+                    tops[number] = end.value
+                    del asked[number]
+        return tops
 
     def _plan(self, candidate: Candidate) -> Plan:
         """Return the plan of a candidate's next training."""
@@ -280,7 +278,7 @@ class Proposer:
         def take(recipe: Recipe) -> bool:
             near = any(_kind(recipe) == _kind(one) and abs(recipe.width / one.width - 1) < 0.03 for one in tried)
             too_wide = recipe.width > (self._tops.get(_kind(recipe)) or WIDEST)
-            figures = None if near or too_wide else self._screened(recipe)
+            figures = None if near or too_wide else self._screened([recipe])[0]
             if figures is None or (any_fits and not self._rest_met(figures, 0.05)):
                 return False
             hopeful = {**figures, "accuracy": self._baseline.get("accuracy")}
@@ -327,8 +325,9 @@ class Proposer:
         bounded = [
             replace(one, width=_round(min(max(one.width, NARROWEST), tops.get(_kind(one)) or WIDEST))) for one in found
         ]
-        screened = [(figures, one) for one in bounded if (figures := self._screened(one)) is not None]
-        return [one for figures, one in sorted(screened, key=lambda pair: self._key({**pair[0], "accuracy": None}))]
+        figures = zip(bounded, self._screened(bounded), strict=True)
+        screened = [(found, one) for one, found in figures if found is not None]
+        return [one for _, one in sorted(screened, key=lambda pair: self._key({**pair[0], "accuracy": None}))]
 
     def _allowed(self) -> float | None:
         """Return the loss to aim at, so that it keeps the limit also on other samples; None where there is no limit."""
@@ -375,7 +374,7 @@ class _Study:
         if len(schemes) > 1:
             self._space["scheme"] = lengths.CategoricalDistribution(tuple(schemes))
         if packs:
-            self._space["sparsity"] = lengths.CategoricalDistribution((0.0, 0.5, 0.8))
+            self._space["sparsity"] = lengths.CategoricalDistribution((0.0, 0.5, PACKED_SPARSITY))
             self._space["clusters"] = lengths.CategoricalDistribution((0, 16))
         self._fixed: dict[str, Any] = {} if len(schemes) > 1 else {"scheme": schemes[0]}
         self._asked: dict[Recipe, Any] = {}
@@ -400,7 +399,39 @@ class _Study:
             self._study.tell(trial, value, state=state)
         elif value is not None:
             params = {name: getattr(recipe, name) for name in self._space}
+            params["width"] = min(max(params["width"], NARROWEST), self._space["width"].high)
             self._study.add_trial(optuna.trial.create_trial(params=params, distributions=self._space, value=value))
+
+
+def _narrowed() -> Generator[float, bool | None, float | None]:
+    """Search the largest width that fits: yields a width, and is sent whether it fits; None: there is no such file.
+
+    A width that is too narrow to be possible bounds the search from below, as one that fits does.
+    """
+    steps = [_round(WIDEST * (NARROWEST / WIDEST) ** (number / 15)) for number in range(16)]
+    answer = yield steps[0]
+    if answer is None or answer:
+        return steps[0] if answer else None
+    fits: float | None = None
+    low, high = 0, len(steps)  # steps[low] is too wide, steps[high] is not; the last may be
+    while high - low > 1:
+        middle = (low + high) // 2
+        answer = yield steps[middle]
+        if answer is False:
+            low = middle
+        else:
+            high = middle
+            fits = steps[middle] if answer else fits
+    if fits is None:
+        return None
+    too_wide = steps[low]
+    for _ in range(2):  # a step is a fifth, and goals are to be used up
+        width = _round((fits * too_wide) ** 0.5)
+        if (yield width):
+            fits = width
+        else:
+            too_wide = width
+    return fits
 
 
 def _kind(recipe: Recipe) -> Recipe:

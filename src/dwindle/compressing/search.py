@@ -99,7 +99,8 @@ class Search:
             model=self.case.bench.original, goals=self.goals, higher_is_better=higher_is_better(self.case.metric),
             baseline=self.trials[0], schemes=self.case.target.schemes, epochs=self.epochs, trials=self.most,
             screen=Screen(case=self.case, goals=self.goals, store=self.store, baseline=self.trials[0],
-                          tell=self.tell), seed=self.case.bench.seed,
+                          tell=self.tell, engine=self.engine or Inline(self.case, self.tell)),
+            seed=self.case.bench.seed,
             shifts=self.case.bench.distills and shifts(self.case.bench.original, self.case.bench.train),
         )  # fmt: skip
 

@@ -9,15 +9,23 @@ from dwindle.data import Split
 
 # Images smaller than this show too little of their object once they are shifted.
 SMALLEST = 16
+# Largest shift as a share of height and width.
+LARGEST_SHIFT = 0.5
 
 
 def shifts(model: keras.Model, split: Split | None) -> bool:
     """Whether shifts are tried: one input of images, and a class for each, which does not move with the image."""
-    if split is None or len(split.x) != 1 or len(model.inputs) != 1 or len(model.outputs) != 1:
+    if split is None or split.y is None or len(split.x) != 1 or len(model.inputs) != 1 or len(model.outputs) != 1:
         return False
     shape = model.inputs[0].shape
     images = len(shape) == 4 and all(side is not None and side >= SMALLEST for side in shape[1:3])
-    return images and len(model.outputs[0].shape) == 2
+    return images and len(model.outputs[0].shape) == 2 and _classes(np.asarray(split.y), model.outputs[0].shape[1])
+
+
+def _classes(y: np.ndarray, units: int) -> bool:
+    """Whether labels are numbers of classes, or say of each class whether it is there; else they may be places."""
+    numbers = units > 1 and (y.ndim == 1 or y.shape[1:] == (1,))
+    return numbers or bool(np.isin(y, (0, 1)).all())
 
 
 class Shifted(keras.utils.PyDataset):
@@ -26,7 +34,7 @@ class Shifted(keras.utils.PyDataset):
     Args:
         x: Images, shape ``(n, height, width, channels)``.
         y: Labels.
-        share: Largest shift as a share of height and width, in (0, 0.5].
+        share: Largest shift as a share of height and width, in (0, `LARGEST_SHIFT`].
         batch_size: Samples of a batch.
         seed: Seeds order and shifts.
     """

@@ -15,7 +15,7 @@ import numpy as np
 
 from dwindle.clustering import cluster
 from dwindle.compressing.events import Event, Tell
-from dwindle.compressing.shifting import SMALLEST, Shifted, shifts
+from dwindle.compressing.shifting import LARGEST_SHIFT, SMALLEST, Shifted, shifts
 from dwindle.compressing.stages import Stages
 from dwindle.data import Split
 from dwindle.distillation import distill, ends_in, record
@@ -151,6 +151,8 @@ def _train(model: keras.Model, options: Mapping[str, Any], bench: Workbench) -> 
             "a plan trains the model as it came; put a step such as `shrink`, `prune` or `quantize` before `train`"
         )
     learner, x = model, pack_inputs(model, split.x)
+    if not 0 <= options["shift"] <= LARGEST_SHIFT:
+        raise ConfigError(f"a plan has `shift: {options['shift']}`; it must be from 0 to {LARGEST_SHIFT}")
     moves = options["shift"] > 0
     if moves and not shifts(bench.original, split):
         raise ConfigError(

@@ -312,6 +312,33 @@ def _litert_file(
     return _Made(content=written, scheme=chosen.name, inputs=inputs, verification=verification, notes=tuple(notes))
 
 
+def unchecked_file(model: keras.Model, scheme: Any, data: Any = None, *, compact: bool = False) -> bytes:
+    """Return the file that `export` would write, compared with nothing: for its size and its time alone.
+
+    Args:
+        model: Any built Keras model, not one in quantized training.
+        scheme: As in `export`.
+        data: Calibration samples.
+        compact: As in `export`.
+
+    Raises:
+        DataError: If the scheme needs data and there is none, or it does not fit.
+        ConversionError: If the model can't be converted.
+    """
+    from dwindle.micro.stripping import strip
+
+    chosen = resolve_scheme(scheme)
+    model, _ = _in_float32(model)
+    content = float_file(model)
+    if any(choice.weights != 32 for choice in assign(read_graph(content), chosen)):
+        ranges = None
+        if chosen.needs_data:
+            samples = calibration_samples(input_shapes(model, content), data)
+            ranges = _ranges(None, chosen, content, samples, "minmax")
+        content = write_quantized(content, chosen, ranges)
+    return strip(content) if compact else content
+
+
 def _export_folder(model: Any, path: Path, scheme: Any, data: Any, verify_samples: int) -> Artefact:
     from dwindle.exporting.saved_model import scheme_name, write_saved_model
 
