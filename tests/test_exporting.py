@@ -10,7 +10,7 @@ import pytest
 from zoo import ZOO, outputs, samples, settle
 
 import dwindle as dw
-from dwindle.exporting import check
+from dwindle.exporting import check, unchecked_file
 from dwindle.exporting.convert import float_file
 from dwindle.exporting.verify import BOUNDS, Bound, compare, require, worst_operator
 from dwindle.lifting.flatbuffer import read_graph, replace_constants
@@ -49,6 +49,8 @@ def test_a_compact_file_is_smaller_and_gives_the_same(name, scheme, tmp_path):
     for one, other in zip(*(LiteRTRunner(file.path).predict(inputs) for file in (whole, small)), strict=True):
         np.testing.assert_array_equal(one, other)
     assert "left out of the file" in small.notes[-1]
+    for file, compact in ((whole, False), (small, True)):
+        assert unchecked_file(model, scheme, inputs, compact=compact) == file.path.read_bytes()
     loaded = dw.load(small.path)
     for expected, found in zip(outputs(model, inputs), outputs(loaded, inputs), strict=True):
         assert np.abs(found - expected).max() <= (1e-4 if scheme == "float32" else 0.15) * max(

@@ -334,7 +334,7 @@ def unchecked_file(model: keras.Model, scheme: Any, data: Any = None, *, compact
         ranges = None
         if chosen.needs_data:
             samples = calibration_samples(input_shapes(model, content), data)
-            ranges = _ranges(None, chosen, content, samples, "minmax")
+            ranges = _ranges(None, chosen, content, samples, "min-max")
         content = write_quantized(content, chosen, ranges)
     return strip(content) if compact else content
 
