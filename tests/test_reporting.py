@@ -567,3 +567,12 @@ def test_numbers_as_people_read_them():
 def test_headline_without_a_result(report):
     report["result"] = None
     assert headline(report) == "No file could be made."
+
+
+def test_from_how_many_files_the_chosen_one_was_picked_is_said(full):
+    assert "others picked it" not in read(full)[1]
+    full["trials"] += [{**full["trials"][1], "id": f"{number:03d}"} for number in range(3, 6)]
+    full["metric"]["judged_on"] = "held-back"
+    assert "These samples judge it only: others picked it, from 4 files." in read(full)[1]
+    full["metric"]["judged_on"] = "train"
+    assert "others picked it" not in read(full)[1]

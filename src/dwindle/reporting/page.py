@@ -70,7 +70,10 @@ def confidence_line(report: Mapping[str, Any]) -> str | None:
         )
     upper = 100 * told["upper"]
     bound = f"the loss is at most {upper:.2f} points" if upper > 0 else "the file is no less accurate"
-    return f"{change}: with 95% confidence {bound}."
+    files = sum(trial.get("status") == "done" for trial in report.get("trials") or []) - 1
+    judged = where in ("test", "held-back") and files > 1
+    picked = f" These samples judge it only: others picked it, from {files} files." if judged else ""
+    return f"{change}: with 95% confidence {bound}.{picked}"
 
 
 def metric_name(report: Mapping[str, Any]) -> str:
