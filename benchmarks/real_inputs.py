@@ -1,6 +1,7 @@
 """Inputs for the models of `real_models.py`: bytes of files, printed text, photos with faces, tones.
 
-Each function returns the same samples for the same seed; another seed gives other samples.
+Each function returns the same samples for the same seed (`file_bytes` on the same machine); another seed gives other
+samples.
 """
 
 from __future__ import annotations

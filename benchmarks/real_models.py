@@ -236,15 +236,16 @@ def main() -> None:
     )
     print("| --- " * 10 + "|", flush=True)
     for name in given.names or SUBJECTS:
-        if name not in results:
+        key = f"{name}, {given.epochs} epochs"
+        if key not in results:
             keras.utils.set_random_seed(0)
             try:
-                results[name] = one(name, given.folder, given.epochs)
+                results[key] = one(name, given.folder, given.epochs)
             except dw.DwindleError as error:
-                results[name] = {"error": f"{type(error).__name__}: {error}"}
+                results[key] = {"error": f"{type(error).__name__}: {error}"}
             given.out.write_text(json.dumps(results, indent=1))
             keras.backend.clear_session()
-        print(line(name, results[name]), flush=True)
+        print(line(name, results[key]), flush=True)
 
 
 if __name__ == "__main__":

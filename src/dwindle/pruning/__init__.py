@@ -57,7 +57,8 @@ def prune(
             ``"movement"``, which learns in training; ``"taylor"``, ``"fisher"``, ``"snip"`` from labelled ``data``;
             ``"wanda"`` from ``data``; ``"random"``.
         scope: ``"layer"``: each weight tensor reaches the target; ``"global"``: all of them together do. One ranking at
-            the start then says what each of them loses. Patterns are the same in both.
+            the start then says what each of them loses. Patterns are the same in both. Channels have a third,
+            ``"balanced"``: layers give the more the more their channels take.
         schedule: A `Constant` or `PolynomialDecay`, or the dict of one; None removes at once.
         layers: Shell-style patterns of layer names (``nested/layer`` in nested models). None: all dense, convolution
             and recurrent kernels that the structure fits; depthwise kernels and embeddings only when named.

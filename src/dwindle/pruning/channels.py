@@ -31,7 +31,8 @@ class ChannelOptions:
     Attributes:
         sparsity: Fraction to remove, in [0, 1), of what ``target`` says.
         criterion: Name of a criterion in `CHANNEL_CRITERIA`.
-        scope: ``"layer"``: the same fraction of every group; ``"global"``: one ranking over all groups.
+        scope: ``"layer"``: the same fraction of every group; ``"global"``: one ranking over all groups;
+            ``"balanced"``: a group gives the more the more its channels take; see `dwindle.pruning.balancing`.
         target: ``"channels"``, ``"parameters"``, ``"macs"`` or measured ``"latency"``.
         multiple: Layers keep a multiple of this many channels, or all that they have.
         minimum: Layers keep at least this many.
@@ -146,11 +147,12 @@ def plan_channels(
         raise UnsupportedModelError(
             f"`model` ({model.name}) has no channels that can be cut: {'; '.join(notes) or 'no layers with weights'}"
         )
-    blocks = _blocks(judged, options)
     if options.scope == "balanced":
         steps = [_allowed(group, options) for group, _ in judged]
         macs = options.max_latency_ms is not None or options.target in ("macs", "latency")
         blocks = balanced(judged, steps, Counts(model, found.analysis), macs=macs)
+    else:
+        blocks = _blocks(judged, options)
     if options.target == "latency" or options.max_latency_ms is not None:
         from dwindle.pruning.channel_latency import within_latency
 
