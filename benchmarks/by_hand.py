@@ -4,7 +4,8 @@ python benchmarks/by_hand.py --data fashion_mnist.npz [--tfmot PYTHON] [--found 
 
 The TensorFlow converter's int8; a student half as wide, distilled and trained in int8; TFMOT's combined recipe (pruned,
 clustered, quantized: PCQAT), for which ``--tfmot`` names the Python of an environment that has it; and ``--found``, a
-file of the search. With ``--folder`` the trained original stays there, where `search.py --out` has it as well.
+file of the search. With ``--folder`` the trained original and the files stay there, and are not made again; the
+original is where `search.py --out` has it as well.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import gzip
 import os
 import subprocess
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
@@ -29,7 +31,7 @@ from dwindle.exporting import float_file
 BATCH = 64
 
 
-def student(model: keras.Model, train: tuple, epochs: int, path: Path) -> Path:
+def student(model: keras.Model, train: tuple, epochs: int, path: Path) -> None:
     """Write a student of half the width: distilled for three quarters of the epochs, then in quantized training."""
     x, y = train
 
@@ -44,16 +46,18 @@ def student(model: keras.Model, train: tuple, epochs: int, path: Path) -> Path:
     fit(narrow, epochs - quantized, 2e-3)
     twin = dw.quantize(narrow, "int8", x[:200])
     fit(twin, quantized, 5e-4)
-    return Path(dw.export(twin, path, data=x[:256]).path)
+    dw.export(twin, path, data=x[:256])
 
 
-def combined(python: str, model: keras.Model, train: tuple, epochs: int, folder: Path) -> Path:
+def combined(python: str, model: keras.Model, train: tuple, epochs: int, path: Path) -> None:
     """Write TFMOT's file."""
-    np.savez(folder / "weights.npz", *model.get_weights())
-    np.savez(folder / "data.npz", x=train[0], y=train[1])
-    script = Path(__file__).parent / "peers" / "tfmot_pcqat.py"
-    subprocess.run([python, script, folder, str(epochs), str(BATCH)], check=True, stdout=subprocess.DEVNULL)
-    return folder / "tfmot.tflite"
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        np.savez(folder / "weights.npz", *model.get_weights())
+        np.savez(folder / "data.npz", x=train[0], y=train[1])
+        script = Path(__file__).parent / "peers" / "tfmot_pcqat.py"
+        subprocess.run([python, script, folder, str(epochs), str(BATCH)], check=True, stdout=subprocess.DEVNULL)
+        path.write_bytes((folder / "tfmot.tflite").read_bytes())
 
 
 def main() -> None:
@@ -70,29 +74,30 @@ def main() -> None:
         y, y_test = arrays["y_train"].astype(np.int64), arrays["y_test"].astype(np.int64)
     train, test = (x[:-10_000], y[:-10_000]), (x_test, y_test)
     with tempfile.TemporaryDirectory() as temporary:
-        made = Path(temporary)
         folder = Path(options.folder or temporary)
         folder.mkdir(parents=True, exist_ok=True)
         data = {"x_train": train[0], "y_train": train[1]}
         model, _ = trained(residual, folder / "residual.keras", data, 20)
 
-        def told(name: str, file: Path) -> None:
+        def told(name: str, file: Path, make: Callable[[Path], object]) -> None:
+            if not file.exists():
+                make(file)
             found = dw.measure(file, test)
-            packed = dw.pack(file, made / "packed.dwz").packed_bytes
+            packed = dw.pack(file, Path(temporary) / "packed.dwz").packed_bytes
             zipped = len(gzip.compress(file.read_bytes(), 9))
             print(f"{name}: {found.accuracy:.2%}, {found.size_bytes:,} bytes, gzip {zipped:,}, packed {packed:,}, "
                   f"p50 {1000 * found.latency.p50_ms:.1f} us", flush=True)  # fmt: skip
 
         keras.utils.set_random_seed(0)
-        (made / "float.tflite").write_bytes(float_file(model))
-        told("original", made / "float.tflite")
-        (made / "int8.tflite").write_bytes(converter(model, x[:200]))
-        told("converter int8", made / "int8.tflite")
+        told("original", folder / "float.tflite", lambda path: path.write_bytes(float_file(model)))
+        told("converter int8", folder / "int8.tflite", lambda path: path.write_bytes(converter(model, x[:200])))
         if options.found:
-            told("the search's", Path(options.found))
-        told("distilled student, int8", student(model, train, options.epochs, made / "student.tflite"))
+            told("the search's", Path(options.found), lambda path: parser.error(f"{path} does not exist"))
+        told("distilled student, int8", folder / "student.tflite",
+             lambda path: student(model, train, options.epochs, path))  # fmt: skip
         if options.tfmot:
-            told("TFMOT pruned, clustered, int8", combined(options.tfmot, model, train, options.epochs, made))
+            told("TFMOT pruned, clustered, int8", folder / "tfmot.tflite",
+                 lambda path: combined(options.tfmot, model, train, options.epochs, path))  # fmt: skip
 
 
 if __name__ == "__main__":
