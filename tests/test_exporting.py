@@ -13,7 +13,7 @@ import dwindle as dw
 from dwindle.exporting import check, unchecked_file
 from dwindle.exporting.convert import float_file
 from dwindle.exporting.verify import BOUNDS, Bound, compare, require, worst_operator
-from dwindle.lifting.flatbuffer import read_graph, replace_constants
+from dwindle.lifting.flatbuffer import parse, read_graph, replace_constants
 from dwindle.measuring import LiteRTRunner
 
 SCHEMES = ["float32", "float16", "int8", "int8-dynamic"]
@@ -58,6 +58,30 @@ def test_a_compact_file_is_smaller_and_gives_the_same(name, scheme, tmp_path):
         )
     with pytest.raises(dw.ConfigError, match=r"`compact` is True, and only a \.tflite can be written so"):
         dw.export(model, tmp_path / "model.onnx", compact=True)
+
+
+@pytest.mark.parametrize("scheme", ["float32", "int8"])
+@pytest.mark.parametrize("name", ["conv_bn_relu", "several_inputs_and_outputs"])
+def test_a_compact_file_is_exported_quantized_and_saved_as_any_other(name, scheme, tmp_path):
+    model = settle(ZOO[name]())
+    inputs = samples(model, 64)
+    small = dw.export(model, tmp_path / "small.tflite", scheme=scheme, data=inputs, compact=True)
+    loaded = dw.load(small.path)
+    again = dw.export(loaded, tmp_path / "again.tflite", data=inputs)
+    names = [tensor.name for tensor in parse(again.path.read_bytes()).subgraphs[0].tensors]
+    assert all(names)
+    assert len(set(names)) == len(names)
+    assert again.verification.passed
+    if scheme == "float32":
+        for one, other in zip(*(LiteRTRunner(file.path).predict(inputs) for file in (small, again)), strict=True):
+            np.testing.assert_array_equal(one, other)
+    aware = dw.quantize(loaded, scheme="int8", data=inputs)
+    aware.save(tmp_path / "aware.keras")
+    before, after = (
+        dw.export(found, tmp_path / "int8.tflite", data=inputs) for found in (aware, dw.load(tmp_path / "aware.keras"))
+    )
+    assert before.verification.passed
+    assert before.sha256 == after.sha256
 
 
 @pytest.mark.parametrize("name", ["conv_bn_relu", "several_inputs_and_outputs", "attention", "recurrent"])

@@ -13,7 +13,7 @@ from zoo import settle
 import dwindle as dw
 from dwindle.exporting import float_file
 from dwindle.lifting.flatbuffer import parse, read_graph, serialize
-from dwindle.lifting.float_files import as_float, modern
+from dwindle.lifting.float_files import as_float, modern, named
 from dwindle.measuring import LiteRTRunner
 from dwindle.quantization import calibrate, resolve_scheme, write_quantized
 
@@ -52,6 +52,22 @@ def test_an_old_file_is_quantized_as_a_new_one(model, images):
     assert [operation.name for operation in read_graph(found).operations] == names
     np.testing.assert_array_equal(LiteRTRunner(found).predict([images])[0], LiteRTRunner(expected).predict([images])[0])
     assert modern(content) == content
+
+
+def test_names_are_written_where_there_are_none_and_each_is_one_tensors(model):
+    content = float_file(model)
+    assert named(content) == content
+    expected = [tensor.name for tensor in read_graph(content).tensors]
+    bare = parse(content)
+    main = bare.subgraphs[0]
+    first = read_graph(content).operations[0].outputs[0].index
+    main.tensors[first].name = None
+    taken = main.tensors[main.operators[1].outputs[0]]
+    taken.name = b"conv_2d_0"
+    expected[main.operators[1].outputs[0]], expected[first] = "conv_2d_0", "conv_2d_0_"
+    found = parse(named(serialize(bare))).subgraphs[0].tensors
+    assert [tensor.name.decode() for tensor in found] == expected
+    assert read_graph(serialize(bare)).tensors[first].name == "conv_2d_0_"
 
 
 def test_an_old_file_keeps_no_operator_in_float(model, images, tmp_path):

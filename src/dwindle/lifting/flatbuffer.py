@@ -203,7 +203,7 @@ def read_graph(content: bytes) -> Graph:
 
 def _graph(model: Any) -> Graph:
     main = model.subgraphs[0]
-    given = _given_names(model, main)
+    given = given_names(model, main)
     tensors = tuple(_tensor(model, index, tensor, given[index]) for index, tensor in enumerate(main.tensors))
     operations = tuple(
         Operation(
@@ -240,18 +240,23 @@ def _options(operation: Any) -> dict[str, Any]:
     return {name: value for name, value in vars(options).items() if not name.startswith("_")}
 
 
-def _given_names(model: Any, main: Any) -> list[str]:
-    """Return the tensors' names; where a file was written without, they are named after the operators."""
-    found = {index: f"input_{number}" for number, index in enumerate(_list(main.inputs))}
-    for number, operation in enumerate(main.operators or []):
+def given_names(model: Any, graph: Any) -> list[str]:
+    """Return the tensors' names in a subgraph; where a file was written without, they are named after the operators."""
+    found = {index: f"input_{number}" for number, index in enumerate(_list(graph.inputs))}
+    for number, operation in enumerate(graph.operators or []):
         own = f"{operator_name(model, operation).lower()}_{number}"
         for kind, indices in (("output", operation.outputs), ("operand", operation.inputs)):
             for place, index in enumerate(_list(indices)):
                 found.setdefault(index, own if kind == "output" and place == 0 else f"{own}/{kind}_{place}")
-    return [
-        (tensor.name or b"").decode("utf8", "replace") or found.get(index, f"tensor_{index}")
-        for index, tensor in enumerate(main.tensors)
-    ]
+    names = [(tensor.name or b"").decode("utf8", "replace") for tensor in graph.tensors or []]
+    taken = set(names)
+    for index, name in enumerate(names):
+        if not name:
+            name = found.get(index, f"tensor_{index}")
+            while name in taken:
+                name += "_"
+            names[index] = name
+    return names
 
 
 def _tensor(model: Any, index: int, tensor: Any, name: str) -> Tensor:
@@ -317,7 +322,7 @@ def replace_constants(content: bytes, values: Mapping[str, np.ndarray]) -> bytes
     by_name = {}
     for index in range(main.TensorsLength()):
         tensor = main.Tensors(index)
-        by_name[tensor.Name().decode("utf8", "replace")] = tensor.Buffer()
+        by_name[(tensor.Name() or b"").decode("utf8", "replace")] = tensor.Buffer()
     for name, value in values.items():
         if name not in by_name:
             raise UnsupportedModelError(f"the float file has no tensor `{name}`")

@@ -8,7 +8,17 @@ from typing import Any
 import numpy as np
 from ai_edge_litert import schema_py_generated as schema
 
-from dwindle.lifting.flatbuffer import Graph, Tensor, drop_tensors, operator_name, parse, read_graph, serialize
+from dwindle.lifting.flatbuffer import (
+    Graph,
+    Tensor,
+    check_structure,
+    drop_tensors,
+    given_names,
+    operator_name,
+    parse,
+    read_graph,
+    serialize,
+)
 
 _WIDENING = {"DEQUANTIZE", "DENSIFY"}
 _STEPS = {"QUANTIZE", "DEQUANTIZE"}
@@ -19,11 +29,12 @@ def as_float(content: bytes) -> tuple[bytes, list[str]]:
 
     float16 and sparse constants become dense float32 ones. In a quantized file integer constants become the floats
     that they stand for, integer activations become floats, and the operators that convert between them go; what the
-    file's rounding did is lost.
+    file's rounding did is lost. Tensors without a name get one, see `named`.
 
     Args:
-        content: A ``.tflite`` file. A plain float one comes back as it is.
+        content: A ``.tflite`` file. A plain float one with names comes back as it is.
     """
+    content = named(content)
     graph = read_graph(content)
     plain = not any(op.name in _WIDENING | _STEPS for op in graph.operations)
     sparse = [n for n, t in enumerate(parse(content).subgraphs[0].tensors) if t.sparsity is not None]
@@ -54,6 +65,23 @@ def as_float(content: bytes) -> tuple[bytes, list[str]]:
     if any(t.is_quantized and t.value is None for t in graph.tensors) or alias:
         notes["the file was quantized; its weights are the floats that its integers stand for"] = None
     return _rewritten(content, graph, values, dropped, alias), list(notes)
+
+
+def named(content: bytes) -> bytes:
+    """Return a file with the names that `read_graph` gives to tensors without one, as in a compact file, written in it.
+
+    Raises:
+        UnsupportedModelError: If it is no LiteRT file, or a broken one.
+    """
+    model = parse(content)
+    if all(tensor.name for graph in model.subgraphs for tensor in graph.tensors or []):
+        return content
+    check_structure(content)
+    for number, graph in enumerate(model.subgraphs):
+        prefix = f"subgraph_{number}/" if number else ""
+        for tensor, name in zip(graph.tensors or [], given_names(model, graph), strict=True):
+            tensor.name = tensor.name or f"{prefix}{name}".encode()
+    return serialize(model)
 
 
 def _real(tensor: Tensor, value: np.ndarray) -> np.ndarray:
