@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import sys
 import warnings
@@ -14,6 +15,7 @@ import pytest
 import dwindle as dw
 from dwindle.exporting import float_file
 from dwindle.exporting.convert import quiet
+from dwindle.sources.keras_file import _DROPPED
 
 
 @pytest.fixture(scope="module")
@@ -153,6 +155,37 @@ def test_an_h5_of_keras_2_has_arguments_that_keras_3_does_not_know(tmp_path):
     inputs = [generator.random((2, *tensor.shape[1:]), np.float32) for tensor in model.inputs]
     np.testing.assert_array_equal(dw.load(tmp_path / "model.h5")(inputs), model(inputs))
     assert (tmp_path / "model.h5").read_bytes() == before
+
+
+def test_an_h5_keeps_the_arguments_of_layers_of_ones_own(tmp_path):
+    class GroupConv(keras.layers.Layer):
+        def __init__(self, groups=8, time_major=True, **kwargs):
+            super().__init__(**kwargs)
+            self.groups, self.time_major = groups, time_major
+
+        def call(self, x):
+            return x * self.groups
+
+        def get_config(self):
+            return {**super().get_config(), "groups": self.groups, "time_major": self.time_major}
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        keras.Sequential([keras.Input((3,)), GroupConv(1, False)]).save(tmp_path / "model.h5")
+    with keras.utils.custom_object_scope({"GroupConv": GroupConv}):
+        found = dw.load(tmp_path / "model.h5").layers[0]
+    assert (found.groups, found.time_major) == (1, False)
+
+
+@pytest.mark.parametrize("name", _DROPPED)
+def test_what_is_dropped_from_an_h5_is_what_keras_does_not_take(name):
+    kind = getattr(keras.layers, name)
+    given = {"cell": keras.layers.LSTMCell(2)} if name == "RNN" else {"units": 2, "filters": 2, "kernel_size": 3}
+    given = {key: value for key, value in given.items() if key in inspect.signature(kind).parameters}
+    kind(**given)
+    argument, value = _DROPPED[name]
+    with pytest.raises((TypeError, ValueError), match=argument):
+        kind(**given, **{argument: value})
 
 
 def test_a_keras_model_is_returned_as_it_is(trained):

@@ -14,9 +14,13 @@ from typing import Any
 from dwindle.errors import UnsupportedModelError
 
 _LARGEST_CONFIG_BYTES = 64_000_000
-# Arguments of layers that Keras 2 had, at the value that Keras 3 always computes with.
-_DROPPED = {"time_major": False, "groups": 1}
-_STILL_GROUPED = {"Conv1D", "Conv2D", "Conv3D", "GroupNormalization"}
+# An argument that a layer of Keras 2 had and that of Keras 3 does not take, and the value that it always computes with.
+_DROPPED = {
+    **dict.fromkeys(("DepthwiseConv1D", "DepthwiseConv2D", "SeparableConv1D", "SeparableConv2D", "Conv1DTranspose",
+                     "Conv2DTranspose", "Conv3DTranspose"), ("groups", 1)),
+    **dict.fromkeys(("RNN", "SimpleRNN", "LSTM", "GRU", "ConvLSTM1D", "ConvLSTM2D", "ConvLSTM3D"),
+                    ("time_major", False)),
+}  # fmt: skip
 # Those that had no effect.
 _UNUSED = {name: {"kernel_initializer", "kernel_regularizer", "kernel_constraint"}
            for name in ("SeparableConv1D", "SeparableConv2D")}  # fmt: skip
@@ -151,9 +155,10 @@ def _modern(config: Any) -> Any:
     found = {key: _modern(value) for key, value in config.items()}
     given = found.get("config")
     if isinstance(given, dict):
-        dropped = {key for key, value in _DROPPED.items() if key in given and given[key] == value}
-        if found.get("class_name") in _STILL_GROUPED:
-            dropped -= {"groups"}
-        dropped |= _UNUSED.get(str(found.get("class_name")), set())
-        found["config"] = {key: value for key, value in given.items() if key not in dropped}
+        kind = str(found.get("class_name"))
+        found["config"] = {
+            key: value
+            for key, value in given.items()
+            if (key, value) != _DROPPED.get(kind) and key not in _UNUSED.get(kind, ())
+        }
     return found
