@@ -15,7 +15,7 @@ import pytest
 import dwindle as dw
 from dwindle.exporting import float_file
 from dwindle.exporting.convert import quiet
-from dwindle.sources.keras_file import _DROPPED
+from dwindle.sources import keras_file
 
 
 @pytest.fixture(scope="module")
@@ -157,6 +157,26 @@ def test_an_h5_of_keras_2_has_arguments_that_keras_3_does_not_know(tmp_path):
     assert (tmp_path / "model.h5").read_bytes() == before
 
 
+def test_a_write_protected_h5_of_keras_2_is_read(tmp_path, monkeypatch):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        keras.Sequential([keras.Input((4, 3)), keras.layers.LSTM(2)]).save(tmp_path / "model.h5")
+    with h5py.File(tmp_path / "model.h5", "r+") as file:
+        config = json.loads(file.attrs["model_config"])
+        config["config"]["layers"][1]["config"]["time_major"] = False
+        file.attrs["model_config"] = json.dumps(config)
+    (tmp_path / "model.h5").chmod(0o444)
+    copied, read = [], keras_file._uncompiled
+
+    def watched(path, *args, **kwargs):
+        copied.append(path.stat().st_mode & 0o200)
+        return read(path, *args, **kwargs)
+
+    monkeypatch.setattr(keras_file, "_uncompiled", watched)
+    assert dw.load(tmp_path / "model.h5").output_shape == (None, 2)
+    assert copied == [0o200]  # root alone could write into it otherwise
+
+
 def test_an_h5_keeps_the_arguments_of_layers_of_ones_own(tmp_path):
     class GroupConv(keras.layers.Layer):
         def __init__(self, groups=8, time_major=True, **kwargs):
@@ -177,13 +197,13 @@ def test_an_h5_keeps_the_arguments_of_layers_of_ones_own(tmp_path):
     assert (found.groups, found.time_major) == (1, False)
 
 
-@pytest.mark.parametrize("name", _DROPPED)
+@pytest.mark.parametrize("name", keras_file._DROPPED)
 def test_what_is_dropped_from_an_h5_is_what_keras_does_not_take(name):
     kind = getattr(keras.layers, name)
     given = {"cell": keras.layers.LSTMCell(2)} if name == "RNN" else {"units": 2, "filters": 2, "kernel_size": 3}
     given = {key: value for key, value in given.items() if key in inspect.signature(kind).parameters}
     kind(**given)
-    argument, value = _DROPPED[name]
+    argument, value = keras_file._DROPPED[name]
     with pytest.raises((TypeError, ValueError), match=argument):
         kind(**given, **{argument: value})
 

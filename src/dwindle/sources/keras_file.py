@@ -140,7 +140,7 @@ def read_h5(path: Path, trust: bool) -> Any:
     if modern == config:
         return _uncompiled(path, trust)
     with tempfile.TemporaryDirectory() as folder:
-        copied = Path(shutil.copy(path, folder))
+        copied = Path(shutil.copyfile(path, Path(folder, path.name)))  # its bytes alone: it may be write-protected
         with h5py.File(copied, "r+") as file:
             file.attrs["model_config"] = json.dumps(modern)
         return _uncompiled(copied, trust, name=path)
