@@ -54,6 +54,27 @@ def test_an_old_file_is_quantized_as_a_new_one(model, images):
     assert modern(content) == content
 
 
+def test_a_signature_is_made_with_the_names_that_inputs_and_outputs_have(model):
+    bare = parse(old(float_file(model)))
+    for tensor in bare.subgraphs[0].tensors:
+        tensor.name = None
+    before = read_graph(serialize(bare))
+    signature = parse(modern(serialize(bare))).signatureDefs[0]
+    assert [(found.name.decode(), found.tensorIndex) for found in signature.inputs] == [
+        ("input_0", before.inputs[0].index)
+    ]
+    assert [(found.name.decode(), found.tensorIndex) for found in signature.outputs] == [
+        (before.outputs[0].name, before.outputs[0].index)
+    ]
+
+
+def test_a_signature_that_names_no_tensor_of_the_graph_is_damage(model, images):
+    broken = parse(write_quantized(float_file(model), resolve_scheme("int8"), calibrate(float_file(model), (images,))))
+    broken.signatureDefs[0].outputs[0].tensorIndex = 1000
+    with pytest.raises(dw.UnsupportedModelError, match=r"damaged \(tensor 1000 of its signature is not in its graph\)"):
+        as_float(serialize(broken))
+
+
 def test_names_are_written_where_there_are_none_and_each_is_one_tensors(model):
     content = float_file(model)
     assert named(content) == content

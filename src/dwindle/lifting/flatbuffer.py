@@ -141,7 +141,7 @@ def check_structure(content: bytes) -> None:
 
 def _check_indices(model: Any) -> None:
     def inside(values: Any, count: int, what: str, lowest: int = 0) -> None:
-        for value in _list(values):
+        for value in integers(values):
             if not lowest <= value < count:
                 raise ValueError(f"{what} {value} of {count}")
 
@@ -151,7 +151,7 @@ def _check_indices(model: Any) -> None:
         inside(graph.outputs, count, "output tensor")
         for tensor in graph.tensors or []:
             inside([tensor.buffer], len(model.buffers), "buffer")
-            shape = _list(tensor.shape)
+            shape = integers(tensor.shape)
             if any(size < 0 for size in shape):
                 raise ValueError(f"shape {shape}")
             data = model.buffers[tensor.buffer].data
@@ -209,14 +209,14 @@ def _graph(model: Any) -> Graph:
         Operation(
             index=index,
             name=operator_name(model, operation),
-            inputs=tuple(None if i < 0 else tensors[i] for i in _list(operation.inputs)),
-            outputs=tuple(tensors[i] for i in _list(operation.outputs)),
+            inputs=tuple(None if i < 0 else tensors[i] for i in integers(operation.inputs)),
+            outputs=tuple(tensors[i] for i in integers(operation.outputs)),
             options=_options(operation),
         )
         for index, operation in enumerate(main.operators or [])
     )
-    inputs = tuple(tensors[i] for i in _list(main.inputs))
-    outputs = tuple(tensors[i] for i in _list(main.outputs))
+    inputs = tuple(tensors[i] for i in integers(main.inputs))
+    outputs = tuple(tensors[i] for i in integers(main.outputs))
     names: dict[str, dict[int, str]] = {"inputs": {}, "outputs": {}}
     for signature in (model.signatureDefs or [])[:1]:
         for kind in names:
@@ -229,7 +229,8 @@ def _graph(model: Any) -> Graph:
     )  # fmt: skip
 
 
-def _list(values: Any) -> list[int]:
+def integers(values: Any) -> list[int]:
+    """Return a vector of the schema, which is None where it was left out, as a list."""
     return [] if values is None else [int(value) for value in values]
 
 
@@ -242,11 +243,11 @@ def _options(operation: Any) -> dict[str, Any]:
 
 def given_names(model: Any, graph: Any) -> list[str]:
     """Return the tensors' names in a subgraph; where a file was written without, they are named after the operators."""
-    found = {index: f"input_{number}" for number, index in enumerate(_list(graph.inputs))}
+    found = {index: f"input_{number}" for number, index in enumerate(integers(graph.inputs))}
     for number, operation in enumerate(graph.operators or []):
         own = f"{operator_name(model, operation).lower()}_{number}"
         for kind, indices in (("output", operation.outputs), ("operand", operation.inputs)):
-            for place, index in enumerate(_list(indices)):
+            for place, index in enumerate(integers(indices)):
                 found.setdefault(index, own if kind == "output" and place == 0 else f"{own}/{kind}_{place}")
     names = [(tensor.name or b"").decode("utf8", "replace") for tensor in graph.tensors or []]
     taken = set(names)
@@ -260,7 +261,7 @@ def given_names(model: Any, graph: Any) -> list[str]:
 
 
 def _tensor(model: Any, index: int, tensor: Any, name: str) -> Tensor:
-    shape = tuple(_list(tensor.shape))
+    shape = tuple(integers(tensor.shape))
     kind = tensor.type
     bits = _PACKED_BITS.get(kind)
     dtype = np.int8 if bits else _DTYPES.get(kind, np.void)
@@ -372,7 +373,7 @@ def resizable(content: bytes) -> bytes:
         return content  # it has the batch in its output shape, and only some kernels overlook it
     constants = {index for index, buffer in enumerate(model.buffers) if buffer.data is not None and len(buffer.data)}
     for tensor in main.tensors:
-        shape = _list(tensor.shape)
+        shape = integers(tensor.shape)
         if shape and shape[0] == 1 and tensor.buffer not in constants:
             tensor.shapeSignature = np.array([-1, *shape[1:]], dtype=np.int32)
     shapes = set()
@@ -402,10 +403,10 @@ def ordered(content: bytes, inputs: list[str]) -> bytes:
     by_name = {entry.name.decode("utf8"): entry.tensorIndex for entry in signature.inputs or []}
     named = [(entry.name.decode("utf8"), entry.tensorIndex) for entry in signature.outputs or []]
     results = sorted(named, key=lambda pair: counted(pair[0]))
-    if sorted(by_name.values()) != sorted(_list(main.inputs)) or set(by_name) != set(inputs):
+    if sorted(by_name.values()) != sorted(integers(main.inputs)) or set(by_name) != set(inputs):
         return content
     main.inputs = np.array([by_name[name] for name in inputs], np.int32)
-    if sorted(index for _, index in results) == sorted(_list(main.outputs)):
+    if sorted(index for _, index in results) == sorted(integers(main.outputs)):
         main.outputs = np.array([index for _, index in results], np.int32)
     return serialize(model)
 
@@ -419,7 +420,7 @@ def refuse_open_lengths(content: bytes) -> None:
     graph = read_graph(content)
     tensors = parse(content).subgraphs[0].tensors
     for name, tensor in zip(graph.input_names, graph.inputs, strict=True):
-        signature = _list(tensors[tensor.index].shapeSignature)
+        signature = integers(tensors[tensor.index].shapeSignature)
         if any(open_ == -1 and size == 1 for open_, size in zip(signature[1:], tensor.shape[1:], strict=False)):
             raise UnsupportedModelError(
                 f"input `{name}` has the open lengths {signature}; convert the model with every length fixed "

@@ -12,13 +12,13 @@ from dwindle.lifting.flatbuffer import (
     Graph,
     Tensor,
     check_structure,
-    drop_tensors,
     given_names,
     operator_name,
     parse,
     read_graph,
     serialize,
 )
+from dwindle.lifting.signatures import drop_unread, with_signature
 
 _WIDENING = {"DEQUANTIZE", "DENSIFY"}
 _STEPS = {"QUANTIZE", "DEQUANTIZE"}
@@ -135,23 +135,8 @@ def _rewritten(
     for signature in model.signatureDefs or []:
         for entry in signature.outputs or []:
             entry.tensorIndex = source(entry.tensorIndex)
-    _drop_unread(model)
+    drop_unread(model)
     return serialize(model)
-
-
-def _drop_unread(model: Any) -> None:
-    """Drop tensors of the main graph that nothing reads or writes any more, and buffers that no tensor has."""
-    numbers = drop_tensors(model.subgraphs[0])
-    for signature in model.signatureDefs or []:
-        if signature.subgraphIndex == 0:
-            for entry in (*(signature.inputs or ()), *(signature.outputs or ())):
-                entry.tensorIndex = numbers[entry.tensorIndex]
-    holders = [*(tensor for graph in model.subgraphs for tensor in graph.tensors), *(model.metadata or ())]
-    places = {old: new for new, old in enumerate(sorted({0, *(holder.buffer for holder in holders)}))}
-    model.buffers = [model.buffers[old] for old in places]
-    for holder in holders:
-        holder.buffer = places[holder.buffer]
-    model.metadataBuffer = None
 
 
 def modern(content: bytes) -> bytes:
@@ -167,15 +152,5 @@ def modern(content: bytes) -> bytes:
     for code in model.operatorCodes:
         code.builtinCode = max(code.builtinCode, code.deprecatedBuiltinCode)
     if not model.signatureDefs:
-        signature, main = schema.SignatureDefT(), model.subgraphs[0]
-        signature.signatureKey, signature.subgraphIndex = b"serving_default", 0
-        signature.inputs = [_entry(main.tensors[i].name, int(i)) for i in main.inputs]
-        signature.outputs = [_entry(main.tensors[i].name, int(i)) for i in main.outputs]
-        model.signatureDefs = [signature]
+        with_signature(model)
     return serialize(model)
-
-
-def _entry(name: bytes, index: int) -> Any:
-    entry = schema.TensorMapT()
-    entry.name, entry.tensorIndex = name, index
-    return entry

@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 from ai_edge_litert import schema_py_generated as schema
 
-from dwindle.lifting.flatbuffer import drop_tensors, operator_name, parse, read_graph, serialize
+from dwindle.lifting.flatbuffer import integers, operator_name, parse, read_graph, serialize
+from dwindle.lifting.signatures import drop_unread, entry, with_signature
 
 _DTYPES = {
     schema.TensorType.INT8: np.int8, schema.TensorType.FLOAT16: np.float16, schema.TensorType.FLOAT32: np.float32,
@@ -58,7 +59,7 @@ def with_states_outside(content: bytes) -> tuple[bytes, list[State]]:
     kept = []
     for operation in main.operators:
         name = operator_name(model, operation)
-        operation.inputs = np.array([stands_for.get(int(i), int(i)) for i in _numbers(operation.inputs)], np.int32)
+        operation.inputs = np.array([stands_for.get(int(i), int(i)) for i in integers(operation.inputs)], np.int32)
         if name == "VAR_HANDLE":
             handles[int(operation.outputs[0])] = _variable(operation)
         elif name == "READ_VARIABLE" and int(operation.inputs[0]) in handles:
@@ -74,29 +75,24 @@ def with_states_outside(content: bytes) -> tuple[bytes, list[State]]:
         elif name != "CALL_ONCE":
             kept.append(operation)
     main.operators = kept
-    main.outputs = np.array([stands_for.get(int(i), int(i)) for i in _numbers(main.outputs)], np.int32)
-    taken = _signature(model)
+    main.outputs = np.array([stands_for.get(int(i), int(i)) for i in integers(main.outputs)], np.int32)
+    taken = with_signature(model)
+    model.signatureDefs = [taken]
     states = []
     for variable, tensor in first.items():
-        given = _free(variable, [entry.name.decode("utf8") for entry in taken.inputs])
+        given = _free(variable, [found.name.decode("utf8") for found in taken.inputs])
         made = None
         _add(main, taken, "inputs", given, tensor)
         if variable in written:
-            made = _free(f"{given}_next", [entry.name.decode("utf8") for entry in taken.outputs])
+            made = _free(f"{given}_next", [found.name.decode("utf8") for found in taken.outputs])
             _add(main, taken, "outputs", made, now[variable])
         # A layer of the lifted model is named after it.
         main.tensors[tensor].name = given.encode("utf8")
         states.append(State(given=given, made=made, start=_as_floats(starts.get(variable), main.tensors[tensor])))
     if len(model.subgraphs) == 2 and not any(_calls(operation) for operation in kept):
         model.subgraphs = [main]
-    renumbered = drop_tensors(main)
-    for entry in [*taken.inputs, *taken.outputs]:
-        entry.tensorIndex = renumbered[entry.tensorIndex]
+    drop_unread(model)
     return serialize(model), states
-
-
-def _numbers(found: Any) -> list[int]:
-    return [] if found is None else [int(number) for number in found]
 
 
 def _variable(operation: Any) -> str:
@@ -126,7 +122,7 @@ def _starts(model: Any) -> dict[str, np.ndarray]:
                 dtype = _DTYPES.get(tensor.type)
                 if data is not None and dtype is not None:
                     value = np.frombuffer(np.asarray(data, np.uint8).tobytes(), dtype)
-                    found[handles[int(inner.inputs[0])]] = value.reshape(_numbers(tensor.shape))
+                    found[handles[int(inner.inputs[0])]] = value.reshape(integers(tensor.shape))
     return found
 
 
@@ -140,30 +136,9 @@ def _as_floats(value: np.ndarray | None, tensor: Any) -> np.ndarray | None:
     return (value.astype(np.float32) - point) * np.float32(scale[0])
 
 
-def _signature(model: Any) -> Any:
-    """Return the file's first signature; one is made where there is none."""
-    main = model.subgraphs[0]
-    if not model.signatureDefs:
-        made = schema.SignatureDefT()
-        made.signatureKey, made.subgraphIndex = b"serving_default", 0
-        for kind in ("inputs", "outputs"):
-            entries = []
-            for number, index in enumerate(_numbers(getattr(main, kind))):
-                entry = schema.TensorMapT()
-                entry.name = main.tensors[index].name or f"{kind[:-1]}_{number}".encode()
-                entry.tensorIndex = index
-                entries.append(entry)
-            setattr(made, kind, entries)
-        model.signatureDefs = [made]
-    model.signatureDefs = model.signatureDefs[:1]
-    return model.signatureDefs[0]
-
-
 def _add(main: Any, signature: Any, kind: str, name: str, tensor: int) -> None:
-    setattr(main, kind, np.array([*_numbers(getattr(main, kind)), tensor], np.int32))
-    entry = schema.TensorMapT()
-    entry.name, entry.tensorIndex = name.encode("utf8"), tensor
-    getattr(signature, kind).append(entry)
+    setattr(main, kind, np.array([*integers(getattr(main, kind)), tensor], np.int32))
+    getattr(signature, kind).append(entry(name, tensor))
 
 
 def _free(wanted: str, taken: list[str]) -> str:
