@@ -16,7 +16,8 @@ from dwindle.errors import UnsupportedModelError
 from dwindle.lifting.sparse_constants import densify
 
 _NAMES = {value: name for name, value in vars(schema.BuiltinOperator).items() if not name.startswith("_")}
-_DTYPES: dict[int, type[np.generic]] = {
+#: NumPy type of a value; packed integers of 4 and 2 bits have none.
+DTYPES: dict[int, type[np.generic]] = {
     schema.TensorType.FLOAT32: np.float32,
     schema.TensorType.FLOAT16: np.float16,
     schema.TensorType.FLOAT64: np.float64,
@@ -156,7 +157,7 @@ def _check_indices(model: Any) -> None:
                 raise ValueError(f"shape {shape}")
             data = model.buffers[tensor.buffer].data
             stored = 0 if data is None else len(data)
-            dtype = _DTYPES.get(tensor.type)
+            dtype = DTYPES.get(tensor.type)
             if stored and dtype is not None:
                 needed = int(np.prod(shape, dtype=np.float64)) * np.dtype(dtype).itemsize
                 if tensor.sparsity is None and stored != needed:
@@ -264,7 +265,7 @@ def _tensor(model: Any, index: int, tensor: Any, name: str) -> Tensor:
     shape = tuple(integers(tensor.shape))
     kind = tensor.type
     bits = _PACKED_BITS.get(kind)
-    dtype = np.int8 if bits else _DTYPES.get(kind, np.void)
+    dtype = np.int8 if bits else DTYPES.get(kind, np.void)
     quantization = tensor.quantization
     scale = None if quantization is None or quantization.scale is None else np.asarray(quantization.scale)
     if scale is not None and scale.size == 0:

@@ -6,14 +6,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from ai_edge_litert import schema_py_generated as schema
 
-from dwindle.lifting.flatbuffer import integers, operator_name, parse, read_graph, serialize
+from dwindle.errors import UnsupportedModelError
+from dwindle.lifting.flatbuffer import DTYPES, check_structure, integers, operator_name, parse, read_graph, serialize
 from dwindle.lifting.signatures import drop_unread, entry, with_signature
 
-_DTYPES = {
-    schema.TensorType.INT8: np.int8, schema.TensorType.FLOAT16: np.float16, schema.TensorType.FLOAT32: np.float32,
-}  # fmt: skip
 _VARIABLES = {"VAR_HANDLE", "READ_VARIABLE", "ASSIGN_VARIABLE", "CALL_ONCE"}
 
 
@@ -45,10 +42,20 @@ def with_states_outside(content: bytes) -> tuple[bytes, list[State]]:
 
     Inputs and outputs that were there before come first. A variable that is read after it was written has the new value
     there. A file without variables comes back as it is.
+
+    Raises:
+        UnsupportedModelError: If it is no LiteRT file, or a broken one.
     """
     if not any(operation.name in _VARIABLES for operation in read_graph(content).operations):
         return content, []
-    model = parse(content)
+    check_structure(content)
+    try:
+        return _with_states_outside(parse(content))
+    except (ValueError, TypeError, LookupError, AttributeError) as error:
+        raise UnsupportedModelError(f"the LiteRT file is damaged ({type(error).__name__}: {error})") from None
+
+
+def _with_states_outside(model: Any) -> tuple[bytes, list[State]]:
     main = model.subgraphs[0]
     starts = _starts(model)
     handles: dict[int, str] = {}
@@ -78,14 +85,13 @@ def with_states_outside(content: bytes) -> tuple[bytes, list[State]]:
     main.outputs = np.array([stands_for.get(int(i), int(i)) for i in integers(main.outputs)], np.int32)
     taken = with_signature(model)
     model.signatureDefs = [taken]
+    for found in taken.outputs:
+        found.tensorIndex = stands_for.get(found.tensorIndex, found.tensorIndex)
     states = []
     for variable, tensor in first.items():
         given = _free(variable, [found.name.decode("utf8") for found in taken.inputs])
-        made = None
         _add(main, taken, "inputs", given, tensor)
-        if variable in written:
-            made = _free(f"{given}_next", [found.name.decode("utf8") for found in taken.outputs])
-            _add(main, taken, "outputs", made, now[variable])
+        made = _made(main, taken, f"{given}_next", now[variable]) if variable in written else None
         # A layer of the lifted model is named after it.
         main.tensors[tensor].name = given.encode("utf8")
         states.append(State(given=given, made=made, start=_as_floats(starts.get(variable), main.tensors[tensor])))
@@ -107,7 +113,10 @@ def _starts(model: Any) -> dict[str, np.ndarray]:
     for operation in model.subgraphs[0].operators:
         if operator_name(model, operation) != "CALL_ONCE":
             continue
-        graph = model.subgraphs[operation.builtinOptions.initSubgraphIndex]
+        called = operation.builtinOptions.initSubgraphIndex
+        if called < 0:
+            raise IndexError(f"subgraph {called}")
+        graph = model.subgraphs[called]
         handles: dict[int, str] = {}
         widened: dict[int, int] = {}
         for inner in graph.operators or []:
@@ -119,7 +128,7 @@ def _starts(model: Any) -> dict[str, np.ndarray]:
             elif name == "ASSIGN_VARIABLE" and int(inner.inputs[0]) in handles:
                 tensor = graph.tensors[widened.get(int(inner.inputs[1]), int(inner.inputs[1]))]
                 data = model.buffers[tensor.buffer].data
-                dtype = _DTYPES.get(tensor.type)
+                dtype = DTYPES.get(tensor.type)
                 if data is not None and dtype is not None:
                     value = np.frombuffer(np.asarray(data, np.uint8).tobytes(), dtype)
                     found[handles[int(inner.inputs[0])]] = value.reshape(integers(tensor.shape))
@@ -139,6 +148,16 @@ def _as_floats(value: np.ndarray | None, tensor: Any) -> np.ndarray | None:
 def _add(main: Any, signature: Any, kind: str, name: str, tensor: int) -> None:
     setattr(main, kind, np.array([*integers(getattr(main, kind)), tensor], np.int32))
     getattr(signature, kind).append(entry(name, tensor))
+
+
+def _made(main: Any, signature: Any, wanted: str, tensor: int) -> str:
+    """Return the name of the output that a tensor is; it becomes one where it is none yet."""
+    names: dict[int, str] = {found.tensorIndex: found.name.decode("utf8") for found in signature.outputs}
+    if tensor in names and tensor in integers(main.outputs):
+        return names[tensor]
+    name = _free(wanted, list(names.values()))
+    _add(main, signature, "outputs", name, tensor)
+    return name
 
 
 def _free(wanted: str, taken: list[str]) -> str:
