@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 import xml.etree.ElementTree as ElementTree
@@ -18,6 +19,7 @@ from dwindle.exporting.convert import float_file
 from dwindle.exporting.verify import activations_of
 from dwindle.lifting.flatbuffer import read_graph
 from dwindle.measuring.litert import LiteRTRunner
+from dwindle.micro.stripping import strip
 from dwindle.quantization.assignment import display_names
 from dwindle.quantization.calibration import calibrate
 from dwindle.quantization.schemes import SCHEMES, resolve_scheme
@@ -130,6 +132,21 @@ def test_fidelity_is_numpys(files, digits):
         half = stored[tensor].scale / 2
         assert row.saturation == ((expected < low - half) | (expected > high + half)).mean()
         assert (row.weights, row.activations) == (8 if operation.name in ("CONV_2D", "FULLY_CONNECTED") else None, 8)
+
+
+@pytest.mark.parametrize("compact", [("float.tflite",), ("bad.tflite",), ("float.tflite", "bad.tflite")])
+def test_files_without_names_give_the_same_figures(compact, bad, files, digits):
+    content, quantized = (
+        strip((files / name).read_bytes()) if name in compact else (files / name).read_bytes()
+        for name in ("float.tflite", "bad.tflite")
+    )
+    found = blame(content, quantized, digits[1])
+    assert [dataclasses.replace(row, name="") for row in found.rows] == [
+        dataclasses.replace(row, name="") for row in bad.rows
+    ]
+    assert re.sub(r"_\d+\b", "", found.advice).startswith(
+        "Keep `fully_connected` in 16 bits: +" if "float.tflite" in compact else "Keep `hidden` in 16 bits: +"
+    )
 
 
 def test_a_range_that_is_too_narrow_shows_as_saturation_and_the_advice_is_for_both_sides_of_it(files, digits):

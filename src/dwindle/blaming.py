@@ -21,7 +21,14 @@ from dwindle.quantization.assignment import display_names, fitted, has_weights, 
 from dwindle.quantization.fake_quantization import quantized_range
 from dwindle.quantization.mixing import classes_of
 from dwindle.quantization.schemes import SCHEMES, Scheme
-from dwindle.quantization.writing import SYMMETRIC, read_grids, write_quantized
+from dwindle.quantization.writing import (
+    SYMMETRIC,
+    counterparts,
+    makers_in,
+    read_grids,
+    stored_constant,
+    write_quantized,
+)
 
 # Operators that only hand values on; there is nothing to blame them for.
 _PASSING = {"RESHAPE", "SQUEEZE", "EXPAND_DIMS", "TRANSPOSE", "STRIDED_SLICE", "SLICE", "SPLIT", "PACK", "UNPACK",
@@ -331,11 +338,11 @@ def _ends(grid: Grid) -> tuple[float, float]:
 
 def _bounds(graph: Graph, quantized: bytes) -> dict[str, np.ndarray]:
     """Read the bound of each kernel's grid off the quantized file."""
-    stored = {t.name: t for t in read_graph(quantized).tensors if t.value is not None and t.is_quantized}
-    found = {}
-    for operation in graph.operations:
-        kernel = operation.inputs[1] if len(operation.inputs) > 1 else None
-        given = None if kernel is None else stored.get(kernel.name)
+    written = read_graph(quantized)
+    makers, found = makers_in(written), {}
+    for operation, twin in zip(graph.operations, counterparts(graph, written), strict=True):
+        kernel, own = (op.inputs[1] if len(op.inputs) > 1 else None for op in (operation, twin))
+        given = None if own is None else stored_constant(own, makers)
         if kernel is None or operation.name not in SYMMETRIC or given is None or given.scale is None:
             continue
         shape = [1] * len(kernel.shape)
@@ -354,9 +361,8 @@ def _fidelity(
     few = [array[:samples] for array in x]
     before, after = activations_of(content, few), activations_of(quantized, few)
     found = {}
-    for operation in graph.operations:
-        name = operation.outputs[0].name
-        expected, got = before.get(name), after.get(name)
+    for operation, twin in zip(graph.operations, counterparts(graph, read_graph(quantized)), strict=True):
+        expected, got = before.get(operation.outputs[0].name), after.get(twin.outputs[0].name)
         if expected is None or got is None or expected.shape != got.shape:
             continue
         noise = float(np.mean((expected - got) ** 2, dtype=np.float64))

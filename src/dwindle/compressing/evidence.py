@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import functools
 import math
-import tempfile
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -21,7 +20,7 @@ from dwindle.blaming import SQNR_SAMPLES, operator_errors
 from dwindle.compressing.sample_pictures import Pictures
 from dwindle.data import Split, spread
 from dwindle.errors import DwindleError
-from dwindle.lifting.flatbuffer import parse, read_graph
+from dwindle.lifting.flatbuffer import read_graph
 from dwindle.measuring.accuracy import labelled_classes, predicted_classes
 from dwindle.measuring.latency import time_runs
 from dwindle.measuring.litert import LiteRTRunner
@@ -248,11 +247,10 @@ def _share(outputs: np.ndarray, number: int, named: np.ndarray) -> float | None:
 
 def _operators(chosen: str | Path, twin: str | Path | None, split: Split | None) -> dict[str, Any]:
     """Return the operators of the quantized file whose outputs are farthest from those of its float file."""
-    from dwindle.exporting import export, float_file
+    from dwindle.exporting import float_file
     from dwindle.loading import load
 
-    content = Path(chosen).read_bytes()
-    graph, named = read_graph(content), any(tensor.name for tensor in parse(content).subgraphs[0].tensors)
+    graph = read_graph(Path(chosen).read_bytes())
     if not any(tensor.is_quantized for tensor in graph.tensors):
         return {"reason": "the file computes with floats, so nothing is lost to integers"}
     if split is None:
@@ -263,10 +261,7 @@ def _operators(chosen: str | Path, twin: str | Path | None, split: Split | None)
     quick = int(SECONDS / SLOWER / _once(LiteRTRunner(chosen)))
     samples = max(1, min(SQNR_SAMPLES, len(split), ACTIVATION_BYTES // max(1, made), quick))
     model = load(twin)
-    with tempfile.TemporaryDirectory() as folder:
-        if not named:  # a compact file: written once more with its names
-            chosen = export(model, Path(folder, "named.tflite")).path
-        found = operator_errors(float_file(model), chosen, split.take(samples), samples=samples)
+    found = operator_errors(float_file(model), chosen, split.take(samples), samples=samples)
     rows = [
         {
             "name": row.name, "operator": row.operator, "weights": row.weights, "activations": row.activations,

@@ -345,10 +345,8 @@ def read_grids(float_content: bytes, quantized_content: bytes) -> Grids:
         ConversionError: If the two files do not have the same operators.
     """
     original, quantized = read_graph(float_content), read_graph(quantized_content)
-    real = [op for op in quantized.operations if op.name not in _INSERTED or _in_original(op, original)]
-    if [op.name for op in real] != [op.name for op in original.operations]:
-        raise ConversionError("the quantized file does not have the float file's operators")
-    makers = {tensor.index: op for op in quantized.operations for tensor in op.outputs}
+    real = counterparts(original, quantized)
+    makers = makers_in(quantized)
     kept = {id(op) for op in real}
     grids = Grids()
     for before, after in zip(original.operations, real, strict=True):
@@ -360,7 +358,7 @@ def read_grids(float_content: bytes, quantized_content: bytes) -> Grids:
             if tensor is None or source is None or source.dtype != np.float32:
                 continue
             if source.value is not None:
-                constant = _stored(tensor, makers)
+                constant = stored_constant(tensor, makers)
                 if constant is not None and constant.is_quantized:
                     per_channel = constant.block > 0 or (constant.scale is not None and constant.scale.size > 1)
                     grids.weights[source.name] = WeightGrid(
@@ -387,6 +385,23 @@ def read_grids(float_content: bytes, quantized_content: bytes) -> Grids:
     return grids
 
 
+def counterparts(original: Graph, quantized: Graph) -> list[Operation]:
+    """Return the operator of a quantized file for each one of the float file, by their order: names may be left out.
+
+    Raises:
+        ConversionError: If the two files do not have the same operators.
+    """
+    real = [op for op in quantized.operations if op.name not in _INSERTED or _in_original(op, original)]
+    if [op.name for op in real] != [op.name for op in original.operations]:
+        raise ConversionError("the quantized file does not have the float file's operators")
+    return real
+
+
+def makers_in(graph: Graph) -> dict[int, Operation]:
+    """Return the operator that makes each tensor, by the tensor's number."""
+    return {tensor.index: operation for operation in graph.operations for tensor in operation.outputs}
+
+
 def _in_original(op: Operation, original: Graph) -> bool:
     return any(op.name == other.name and op.outputs[0].name == other.outputs[0].name for other in original.operations)
 
@@ -410,8 +425,13 @@ def _passed(tensor: Tensor, makers: dict[int, Operation], kept: set[int]) -> tup
     return tuple(reversed(passed))
 
 
-def _stored(tensor: Tensor, makers: dict[int, Operation]) -> Tensor | None:
-    """Return the constant behind a tensor, through a DEQUANTIZE if there is one."""
+def stored_constant(tensor: Tensor, makers: dict[int, Operation]) -> Tensor | None:
+    """Return the constant behind a tensor, through a DEQUANTIZE if there is one.
+
+    Args:
+        tensor: A tensor of a quantized file.
+        makers: From `makers_in`.
+    """
     found: Tensor | None = tensor
     while found is not None and found.value is None:
         maker = makers.get(found.index)
