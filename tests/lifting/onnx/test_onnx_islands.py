@@ -4,6 +4,7 @@ import builtins
 import subprocess
 import sys
 from contextlib import nullcontext
+from dataclasses import replace
 
 import keras
 import numpy as np
@@ -32,8 +33,8 @@ from onnx_island_models import (
 )  # fmt: skip
 
 import dwindle as dw
-from dwindle.errors import UnsupportedModelError
-from dwindle.lifting.onnx.cutting import checked
+from dwindle.errors import UnsupportedModelError, VerificationError
+from dwindle.lifting.onnx.cutting import checked, cut_out
 from dwindle.lifting.onnx.islands import OnnxIsland
 from dwindle.measuring.onnx_runtime import OnnxRunner
 
@@ -262,9 +263,10 @@ def test_rounding_that_turns_into_another_result():
     # A difference of two that are the same but for rounding; how its entries are ordered is another question.
     nodes = [node("Softmax", ["x"], ["a"], name="one"), node("Exp", ["x"], ["b"]),
              node("ReduceSum", ["b", "last"], ["c"]), node("Div", ["b", "c"], ["p"]), node("Sub", ["a", "p"], ["d"]),
-             node("Unique", ["d"], ["same", "y"], name="ordered"), node("Mul", ["y", "three"], ["z"])]  # fmt: skip
-    message = network(nodes, {"last": np.array([1]), "three": np.array(3)}, {"x": ("N", 256)},
-                      {"y": (INT64, ("M",)), "z": (INT64, ("M",))})  # fmt: skip
+             node("Unique", ["d"], ["same", "y"], name="ordered"), node("Mul", ["y", "three"], ["z"]),
+             node("NonZero", ["x"], ["w"])]  # fmt: skip
+    outputs = {"y": (INT64, ("M",)), "z": (INT64, ("M",)), "w": (INT64, (2, "K"))}
+    message = network(nodes, {"last": np.array([1]), "three": np.array(3)}, {"x": ("N", 256)}, outputs)
     note = dw.load(message).notes[0]
     assert note.startswith("agrees with ONNX Runtime before and behind what stays as in the file: ")
 
@@ -357,3 +359,22 @@ def test_bodies_are_checked_before_they_run(change, text, tmp_path):
         again([floats(2, 4), floats(2, 4)])
     with pytest.raises(UnsupportedModelError, match="no ONNX file"):
         checked(b"noise" * 20)
+
+
+def alone():
+    """A product of ONNX Runtime's own, and nothing else."""
+    nodes = [node("FusedMatMul", ["x", "v"], ["y"], name="two", domain="com.microsoft", alpha=2.0)]
+    return network(nodes, {"v": floats(4, 5)}, {"x": ("N", 4)}, {"y": ("N", 5)})
+
+
+@pytest.mark.parametrize("make", [fused, alone])
+def test_nodes_that_were_cut_out_wrongly_are_found(make, monkeypatch):
+    def other(*arguments):
+        cut = cut_out(*arguments)
+        message = checked(cut.content)
+        next(found for found in message.graph.node if found.name == "two").attribute[0].f = 1.0
+        return replace(cut, content=message.SerializeToString())
+
+    monkeypatch.setattr("dwindle.lifting.onnx.building.cut_out", other)
+    with pytest.raises(VerificationError, match=r"they part at .*FusedMatMul `two`"):
+        dw.load(make())

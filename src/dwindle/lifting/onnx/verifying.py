@@ -13,7 +13,7 @@ from dwindle.errors import DwindleError, MissingDependencyError, UnsupportedMode
 from dwindle.exporting.verify import Bound, Verification, compare
 from dwindle.lifting.onnx.building import Builder
 from dwindle.lifting.onnx.graph import require_onnx
-from dwindle.lifting.onnx.islands import OnnxIsland
+from dwindle.lifting.onnx.islands import OnnxIsland, runner_of
 from dwindle.lifting.onnx.values import Moving
 
 BOUND = Bound(tolerance=1e-3, unit="largest output", share=1.0)
@@ -29,8 +29,8 @@ _RANDOM = {"RandomNormalLike", "RandomUniformLike", "Multinomial", "Bernoulli"}
 def check(builder: Builder, model: keras.Model, source: Any) -> str:
     """Compare a model with its source in ONNX Runtime and return what was found, in words.
 
-    Where nodes stay as they are, which may turn a difference of rounding into another result, the parts before and
-    behind them are compared each for itself if the whole is not within the bound.
+    Where nodes stay as they are, which may turn a difference of rounding into another result, they and the parts before
+    and behind them are compared each for itself if the whole is not within the bound.
 
     Args:
         builder: What built the model.
@@ -112,26 +112,36 @@ def _predicted(model: keras.Model, fed: list[Any]) -> list[np.ndarray]:
 
 
 def _in_parts(builder: Builder, source: Any, inputs: list[np.ndarray], fed: list[np.ndarray]) -> Verification | None:
-    """Compare what islands take, and the outputs, where islands give what ONNX Runtime says; None for other shapes."""
+    """Compare each island alone, and all that it takes and the outputs where islands give what ONNX Runtime says.
+
+    Returns:
+        What was found; None if results have other shapes, or ONNX Runtime does not tell what is inside of the file.
+    """
     given = list(dict.fromkeys(name for island in builder.islands for name in island.outputs))
     wanted = dict.fromkeys(name for island in builder.islands for name in island.inputs)
     wanted |= dict.fromkeys(name for name in builder.graph.outputs if isinstance(builder.values[name], Moving))
-    names = [name for name in wanted if name not in given]
+    own = [name for name, _, _ in builder.graph.inputs]
+    names = [name for name in wanted if name not in {*given, *own}]
     there = _inside(source, [*names, *given], inputs)
-    if there is None or not set(names) <= set(there):
+    if there is None or not {*names, *given} <= set(there):
         return None
-    given = [name for name in given if name in there]
-    keys = [builder.values[name].tensor for name in (*(name for name, _, _ in builder.graph.inputs), *given)]
-    parts = keras.Model(keys, [builder.plain(builder.values[name]) for name in names])
-    found = [keras.ops.convert_to_numpy(y) for y in parts([*fed, *(there[name] for name in given)], training=False)]
-    expected = [there[name] for name in names]
+    found: list[np.ndarray] = []
+    if names:
+        keys = [builder.values[name].tensor for name in (*own, *given)]
+        parts = keras.Model(keys, [builder.plain(builder.values[name]) for name in names])
+        made = parts([*fed, *(there[name] for name in given)], training=False)
+        found += [keras.ops.convert_to_numpy(y) for y in made]
+    for island in builder.islands:
+        runner = runner_of(island.layer.content, limit_s=LONGEST_S)
+        found += runner.run(*(there[name] for name in island.inputs))
+    expected = [there[name] for name in (*names, *(name for island in builder.islands for name in island.outputs))]
     if any(y.shape != z.shape for y, z in zip(found, expected, strict=True)):
         return None
     return compare(expected, found, BOUND, reference="ONNX Runtime")
 
 
 def _inside(source: Any, names: Sequence[str], inputs: list[np.ndarray]) -> dict[str, np.ndarray] | None:
-    """Return what ONNX Runtime computes inside of a file; None if it can't run that."""
+    """Return what ONNX Runtime takes, and computes inside of a file; None if it can't run that."""
     onnx = require_onnx()
     from dwindle.measuring.onnx_runtime import OnnxRunner
 
@@ -141,7 +151,8 @@ def _inside(source: Any, names: Sequence[str], inputs: list[np.ndarray]) -> dict
     message.graph.output.extend(onnx.ValueInfoProto(name=name) for name in names if name not in there)
     try:
         runner = OnnxRunner(message.SerializeToString(), limit_s=LONGEST_S)
-        return dict(zip((spec.name for spec in runner.outputs), runner.run(*inputs), strict=True))
+        found = dict(zip((spec.name for spec in runner.outputs), runner.run(*inputs), strict=True))
+        return found | dict(zip((spec.name for spec in runner.inputs), inputs, strict=True))
     except (DwindleError, ValueError):
         return None
 
@@ -165,7 +176,7 @@ def first_difference(builder: Builder, source: Any, inputs: list[np.ndarray]) ->
         return "a node that is not known"
     keys = [builder.values[name].tensor for name, _, _ in builder.graph.inputs]
     fed = [_turned(builder, name, x) for (name, _, _), x in zip(builder.graph.inputs, inputs, strict=True)]
-    watched = keras.Model(keys, [builder.plain(builder.values[name]) for name in names])
+    watched = keras.Model(keys[0] if len(keys) == 1 else keys, [builder.plain(builder.values[name]) for name in names])
     found = _predicted(watched, fed)
     for name, value in zip(names, found, strict=True):
         wanted = expected.get(name)
