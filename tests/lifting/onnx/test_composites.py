@@ -90,6 +90,40 @@ def test_softmax_is_recognized_by_what_learns_from_it():
     assert coach.evaluate(x, verbose=0) < 1e-6  # the same logits: a teacher's softmax is not taken for logits
 
 
+def softmax_nodes(*spreading, keepdims=0):
+    """Return the nodes of softmax over axis 1, with nodes from the sum ``s`` to the divisor ``t``."""
+    return [
+        node("ReduceMax", ["x", "axis"], ["m"]), node("Sub", ["x", "m"], ["q"]), node("Exp", ["q"], ["e"]),
+        node("ReduceSum", ["e", "axis"], ["s"], keepdims=keepdims), *spreading, node("Div", ["e", "t"], ["y"]),
+    ]  # fmt: skip
+
+
+AXES = {"axis": np.array([1]), "first": np.array([0]), "row": np.array([1, -1]), "column": np.array([-1, 1])}
+COMPUTED = [node("Shape", ["x"], ["shape"]), node("Slice", ["shape", "first", "axis"], ["count"]),
+            node("Concat", ["count", "axis"], ["computed"], axis=0), node("Reshape", ["s", "computed"], ["t"])]  # fmt: skip
+
+
+@pytest.mark.parametrize(("spreading", "keepdims"), [
+    ([node("Unsqueeze", ["s", "axis"], ["t"])], 0), ([node("Reshape", ["s", "column"], ["t"])], 0), (COMPUTED, 0),
+    ([node("Reshape", ["s", "column"], ["t"])], 1), ([node("Identity", ["s"], ["t"])], 1),
+])  # fmt: skip
+def test_softmax_with_its_sum_back_at_its_axis(spreading, keepdims):
+    model = lift_onnx(message_of(softmax_nodes(*spreading, keepdims=keepdims), (5,), (5,), AXES))
+    assert [layer.activation.__name__ for layer in model.layers if hasattr(layer, "activation")] == ["softmax"]
+
+
+@pytest.mark.parametrize(("spreading", "keepdims"), [
+    (node("Identity", ["s"], ["t"]), 0), (node("Unsqueeze", ["s", "first"], ["t"]), 0),
+    (node("Reshape", ["s", "row"], ["t"]), 0), (node("Reshape", ["s", "row"], ["t"]), 1),
+])  # fmt: skip
+def test_a_quotient_by_the_sum_of_another_row_is_no_softmax(spreading, keepdims):
+    message = message_of(softmax_nodes(spreading, keepdims=keepdims), (2,), (2,), AXES)
+    x = np.random.default_rng(0).normal(size=(2, 2)).astype(np.float32)
+    e = np.exp(x - x.max(1, keepdims=True))
+    found = lift_onnx(message, inputs=(2, 2)).predict(x, verbose=0, batch_size=2)
+    np.testing.assert_allclose(found, e / e.sum(1), rtol=1e-5)
+
+
 def variance_nodes(mean):
     """Return the nodes of ``mean(x^2) - mean(x)^2`` over the last axis, a mean by one operator or by a sum."""
     nodes = [node("Mul", ["x", "x"], ["a"])]
@@ -120,3 +154,18 @@ def test_a_sum_times_another_number_is_no_variance():
     x = np.random.default_rng(0).normal(1, 1, (4, 3, 64)).astype(np.float32)
     (expected,) = OnnxRunner(message.SerializeToString()).run(x)
     np.testing.assert_allclose(lift_onnx(message).predict(x, verbose=0), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("nodes", [
+    softmax_nodes(node("Identity", ["s"], ["t"]), keepdims=1), GELU["a power"], variance_nodes("ReduceMean")
+], ids=["softmax", "gelu", "variance"])  # fmt: skip
+def test_functions_of_constants_are_computed(nodes):
+    # As the weights of a fusion are, which are learnt before softmax.
+    names = {"x": "given", "y": "made"}
+    inner = [node(n.op_type, [names.get(i, i) for i in n.input], [names.get(o, o) for o in n.output], **{a.name: helper.get_attribute_value(a) for a in n.attribute})
+             for n in nodes]  # fmt: skip
+    constants = {**NUMBERS, "axis": np.array([1]), "given": np.linspace(-1, 1, 3, dtype=np.float32)[None]}
+    message = message_of([*inner, node("Mul", ["x", "made"], ["y"])], (3,), (3,), constants)
+    x = np.ones((1, 3), np.float32)
+    (expected,) = OnnxRunner(message.SerializeToString()).run(x)
+    np.testing.assert_allclose(lift_onnx(message).predict(x, verbose=0), expected, rtol=1e-5, atol=1e-6)

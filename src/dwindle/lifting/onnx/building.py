@@ -143,8 +143,8 @@ class Builder(Arranger):
         """Leave nodes as they are, in one island."""
         operators = ", ".join(dict.fromkeys(node.kind for node in nodes))
         what = f"{operators} `{nodes[0].name}`"
-        if any(node.inputs != tuple(node.proto.input) for node in nodes):
-            raise UnsupportedModelError(f"{what} has {reason}")  # it stands for several nodes of the file
+        if any(node.stands_for_several for node in nodes):
+            raise UnsupportedModelError(f"{what} has {reason}")
         inside = {id(node) for node in nodes}
         wanted = [
             name for name in dict.fromkeys(name for node in nodes for name in node.outputs if name)

@@ -17,7 +17,7 @@ from dwindle.lifting.onnx.graph import Graph, Node, read_by
 # ``tanh`` of this polynomial stands for ``erf(x / sqrt(2))`` (Hendrycks and Gimpel 2016, arXiv 1606.08415).
 _CUBIC = np.sqrt(2 / np.pi) * np.array([0.0, 1.0, 0.0, 0.044715])
 #: Nodes that a result passes on its way back to the axes that it was summed over.
-_SPREADING = ("Reshape", "Expand", "Unsqueeze", "Identity")
+_SPREADING = ("Reshape", "Expand", "Unsqueeze", "Identity", "Max")
 _DEEPEST = 12
 
 
@@ -71,21 +71,31 @@ class Spelling:
         those = self.readers.get(name, [])
         return those[0] if len(those) == 1 and those[0].kind == kind else None
 
-    def before_spreading(self, name: str) -> str:
-        """Return the tensor of which this one is a copy with other axes."""
-        for _ in range(_DEEPEST):
-            node = self.maker(name, *_SPREADING)
-            if node is None and (node := self.maker(name, "Max")) is not None:
-                # jax.nn.softmax takes the larger of the largest and minus infinity.
-                other = self.pair(node)
-                if other is None or other[1] != -np.inf:
-                    return name
-                name = other[0]
-                continue
-            if node is None:
-                return name
-            name = node.inputs[0]
-        return name
+    def reduced(self, name: str, kind: str) -> tuple[str, int, list[str]] | None:
+        """Return what a tensor is a reduction of, over which one axis, and the shapes that spread it back to that axis.
+
+        Whether they do is known when the node is built: each then has a 1 at that axis.
+        """
+        passed: list[Node] = []
+        while len(passed) < _DEEPEST and (node := self.maker(name, *_SPREADING)) is not None:
+            if node.kind != "Max":
+                name = node.inputs[0]
+            elif (other := self.pair(node)) is not None and other[1] == -np.inf:
+                name = other[0]  # jax.nn.softmax takes the larger of the largest and minus infinity
+            else:
+                return None
+            passed.append(node)
+        node = self.maker(name, kind)
+        axes = self.axes(node) if node is not None else None
+        if node is None or axes is None or len(axes) != 1:
+            return None
+        kept = bool(node.attributes.get("keepdims", 1))
+        for step in passed[::-1]:
+            if step.kind in ("Unsqueeze", "Expand") and kept is not (step.kind == "Expand"):
+                return None
+            kept = kept or step.kind == "Reshape" or (step.kind == "Unsqueeze" and self.axes(step) == axes)
+        shapes = [step.inputs[1] for step in passed if step.kind == "Reshape"]
+        return (node.inputs[0], axes[0], shapes) if kept else None
 
     def axes(self, node: Node) -> tuple[int, ...] | None:
         """Return the axes that a reduction goes over, None where they are computed or left out."""
@@ -141,11 +151,14 @@ def with_tanh_gelu(nodes: Sequence[Node], graph: Graph) -> list[Node]:
                 continue
             last = ends_product(spelling, plus.outputs[0], source)
             if last is not None:
-                spelling.replaced(
-                    last, replace(last, kind="Gelu", inputs=(source,), attributes={"approximate": "tanh"})
-                )
+                spelling.replaced(last, gelu(last, source, approximate="tanh"))
             break
     return spelling.nodes
+
+
+def gelu(last: Node, source: str, **attributes: str) -> Node:
+    """Return the node for a GELU that ends in another one; operator set 20 was the first to have it."""
+    return replace(last, kind="Gelu", inputs=(source,), attributes=attributes, version=20)
 
 
 def _behind(spelling: Spelling, name: str) -> list[str]:
@@ -184,21 +197,13 @@ def with_softmax(nodes: Sequence[Node], graph: Graph) -> list[Node]:
     for quotient in nodes:
         if quotient.kind != "Div" or (power := spelling.maker(quotient.inputs[0], "Exp")) is None:
             continue
-        total = spelling.maker(spelling.before_spreading(quotient.inputs[1]), "ReduceSum")
-        less = spelling.maker(power.inputs[0], "Sub")
-        if total is None or total.inputs[0] != power.outputs[0] or less is None:
+        total, less = spelling.reduced(quotient.inputs[1], "ReduceSum"), spelling.maker(power.inputs[0], "Sub")
+        largest = spelling.reduced(less.inputs[1], "ReduceMax") if less is not None else None
+        if total is None or less is None or largest is None or total[0] != power.outputs[0]:
             continue
-        largest = spelling.maker(spelling.before_spreading(less.inputs[1]), "ReduceMax")
-        axes = spelling.axes(total)
-        if largest is None or largest.inputs[0] != less.inputs[0] or axes is None or len(axes) != 1:
-            continue
-        if spelling.axes(largest) != axes:
-            continue
-        # A version of its own: before 13, Softmax went over all axes from one on.
-        spelling.replaced(
-            quotient,
-            replace(quotient, kind="Softmax", inputs=less.inputs[:1], attributes={"axis": axes[0]}, version=13),
-        )
+        if largest[:2] == (less.inputs[0], total[1]):
+            inputs = (*quotient.inputs, less.inputs[0], *total[2], *largest[2])
+            spelling.replaced(quotient, replace(quotient, kind=SOFTMAX, inputs=inputs, attributes={"axis": total[1]}))
     return spelling.nodes
 
 
@@ -223,8 +228,12 @@ def with_variance(nodes: Sequence[Node], graph: Graph) -> list[Node]:
     return spelling.nodes
 
 
+#: The kind of node that `with_softmax` puts in: the two that are divided, what the softmax is of, and shapes.
+SOFTMAX = "dwindle::Softmax"
 #: The kind of node that `with_variance` puts in: the two that are subtracted, and what the variance is of.
 VARIANCE = "dwindle::Variance"
+#: What the file says in their place, of their first two inputs.
+WRITTEN = {SOFTMAX: "Div", VARIANCE: "Sub"}
 
 
 def _mean(spelling: Spelling, name: str) -> tuple[str, tuple[int, ...], int, float | None] | None:

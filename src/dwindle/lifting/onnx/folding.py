@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from math import prod
 from typing import Any
 
 import numpy as np
 
 from dwindle.errors import UnsupportedModelError
+from dwindle.lifting.onnx.composites import WRITTEN
 from dwindle.lifting.onnx.graph import Node
 from dwindle.lifting.onnx.sizes import Size, has_sizes, product
 
@@ -26,6 +28,8 @@ def fold(node: Node, inputs: Sequence[np.ndarray | None]) -> list[Any] | None:
     Raises:
         UnsupportedModelError: If it can't be computed, or would fill the memory.
     """
+    if node.kind in WRITTEN:
+        node, inputs = replace(node, kind=WRITTEN[node.kind], inputs=node.inputs[:2]), inputs[:2]
     if any(has_sizes(value) for value in inputs):
         return _symbolic(node, inputs)
     if node.kind in _NEVER:
@@ -36,10 +40,13 @@ def fold(node: Node, inputs: Sequence[np.ndarray | None]) -> list[Any] | None:
     names = [f"i{k}" if value is not None else "" for k, value in enumerate(inputs)]
     outputs = [f"o{k}" if name else "" for k, name in enumerate(node.outputs)]
     message = type(node.proto)()
-    message.CopyFrom(node.proto)
-    del message.input[:], message.output[:]
-    message.input.extend(names)
-    message.output.extend(outputs)
+    if node.stands_for_several:
+        message.CopyFrom(helper.make_node(node.kind, names, outputs, **node.attributes))
+    else:
+        message.CopyFrom(node.proto)
+        del message.input[:], message.output[:]
+        message.input.extend(names)
+        message.output.extend(outputs)
     given = [(name, value) for name, value in zip(names, inputs, strict=True) if value is not None]
     described = [
         helper.make_tensor_value_info(name, helper.np_dtype_to_tensor_dtype(value.dtype), value.shape)

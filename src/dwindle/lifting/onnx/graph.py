@@ -39,6 +39,11 @@ class Node:
     version: int
     proto: Any
 
+    @property
+    def stands_for_several(self) -> bool:
+        """Whether it is in the place of several nodes of the file, so that its message is another one's."""
+        return self.inputs != tuple(self.proto.input)
+
 
 @dataclass(eq=False)
 class Graph:

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 
 import numpy as np
 
-from dwindle.lifting.onnx.composites import Spelling, ends_product, with_softmax, with_tanh_gelu, with_variance
+from dwindle.lifting.onnx.composites import Spelling, ends_product, gelu, with_softmax, with_tanh_gelu, with_variance
 from dwindle.lifting.onnx.graph import Graph, Node, read_by
 
 
@@ -48,5 +47,5 @@ def _with_gelu(nodes: Sequence[Node], graph: Graph) -> list[Node]:
             continue
         last = ends_product(spelling, plus.outputs[0], source)
         if last is not None:
-            spelling.replaced(last, replace(last, kind="Gelu", inputs=(source,), attributes={}, outputs=last.outputs))
+            spelling.replaced(last, gelu(last, source))
     return spelling.nodes

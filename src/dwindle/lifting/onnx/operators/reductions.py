@@ -9,7 +9,7 @@ from typing import Any
 import keras
 import numpy as np
 
-from dwindle.lifting.onnx.composites import VARIANCE
+from dwindle.lifting.onnx.composites import SOFTMAX, VARIANCE, WRITTEN
 from dwindle.lifting.onnx.graph import Node
 from dwindle.lifting.onnx.operators.registry import (
     OPERATORS,
@@ -62,16 +62,32 @@ def _reduce(context: Context, node: Node, inputs: Inputs) -> Any:
     return context.value(found, without(value, gone, keep=keep), at_least_zero=zero)
 
 
+def _as_written(context: Context, node: Node, inputs: Inputs) -> Any:
+    kind = WRITTEN[node.kind]
+    return OPERATORS[kind](context, replace(node, kind=kind), inputs[:2])
+
+
+@operator(SOFTMAX)
+def _softmax(context: Context, node: Node, inputs: Inputs) -> Any:
+    """Return the softmax, or what the file says where the sums are not spread back to the axis that they go over."""
+    value, axis = moving(node, inputs[2]), node.attributes["axis"]
+    shapes = [shape for shape in inputs[3:] if isinstance(shape, np.ndarray) and shape.size == value.rank]
+    if len(shapes) < len(inputs[3:]) or any(shape[axis] != 1 for shape in shapes):
+        return _as_written(context, node, inputs)
+    # A version of its own: before 13, Softmax went over all axes from one on.
+    return OPERATORS["Softmax"](context, replace(node, kind="Softmax", version=13), [value])
+
+
 @operator(VARIANCE)
 def _variance(context: Context, node: Node, inputs: Inputs) -> Any:
     """Return the mean of squared differences from the mean, or what the file says where that is no variance."""
-    written, value = inputs[:2], moving(node, inputs[2])
+    value = moving(node, inputs[2])
     gone = {int(axis) % value.rank for axis in node.attributes["axes"]}
     counts = [value.sizes[axis] for axis in gone]
     factor = node.attributes.get("factor")
     known = all(isinstance(n, int | np.integer) for n in counts)
     if factor is not None and not (known and np.isclose(factor * np.prod(counts, dtype=float), 1.0, rtol=1e-6)):
-        return OPERATORS["Sub"](context, replace(node, kind="Sub"), written)
+        return _as_written(context, node, inputs)
     keep = bool(node.attributes["keepdims"])
     places = tuple(sorted(value.place(axis) for axis in gone))
     far = ops.square(ops.subtract(value.tensor, ops.mean(value.tensor, axis=places, keepdims=True)))
