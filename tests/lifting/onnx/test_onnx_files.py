@@ -324,17 +324,8 @@ def test_what_runs_as_long_as_the_file_says_is_not_run():
         lift_onnx(message)
 
 
-def test_without_onnx_runtime(path, monkeypatch):
-    import builtins
-
-    real = builtins.__import__
-
-    def missing(name, *args, **kwargs):
-        if name == "onnxruntime":
-            raise ImportError(name)
-        return real(name, *args, **kwargs)
-
-    monkeypatch.setattr(builtins, "__import__", missing)
+@pytest.mark.usefixtures("without_onnxruntime")
+def test_without_onnx_runtime(path):
     assert "which is not installed (pip install 'dwindle[onnx]')" in dw.load(path).notes[0]
 
 

@@ -1,6 +1,5 @@
 """Nodes without an entry stay as they are: against ONNX Runtime on the whole file, and what each verb does with them."""
 
-import builtins
 import subprocess
 import sys
 from contextlib import nullcontext
@@ -271,17 +270,10 @@ def test_rounding_that_turns_into_another_result():
     assert note.startswith("agrees with ONNX Runtime before and behind what stays as in the file: ")
 
 
-def test_without_onnx_runtime(monkeypatch):
+def test_without_onnx_runtime(request):
     message = warped()
     inputs, expected = random_inputs(message, 2)
-    real = builtins.__import__
-
-    def missing(name, *args, **kwargs):
-        if name == "onnxruntime":
-            raise ImportError(name)
-        return real(name, *args, **kwargs)
-
-    monkeypatch.setattr(builtins, "__import__", missing)
+    request.getfixturevalue("without_onnxruntime")
     model = dw.load(message)
     assert "which is not installed" in model.notes[0]
     assert_same(model(inputs), expected)  # by onnx.reference
@@ -311,13 +303,28 @@ def test_what_draws_random_numbers_is_not_compared():
     assert model(floats(5, 3)).shape == (5, 3)
 
 
-def test_a_loop_without_an_end_is_stopped(monkeypatch):
+def endless(samples, given):
+    """Return a loop without an end."""
     body = graph("body", [node("Identity", ["go"], ["on"]), node("Add", ["state", "x"], ["next"])], ["i", "go", "state"],
                  ["on", "next"])  # fmt: skip
-    message = network([node("Loop", ["", "forever", "x"], ["y"], name="loop", body=body)], {"forever": np.array(True)},
-                      {"x": ("N", 3)}, {"y": ("N", 3)})  # fmt: skip
+    nodes = [node("Loop", ["", "forever", "x"], ["y"], name="loop", body=body)]
+    return network(nodes, {"forever": np.array(True)}, {"x": (samples, 3)}, {"y": given})
+
+
+def test_a_loop_without_an_end_is_stopped(monkeypatch):
     monkeypatch.setattr("dwindle.lifting.onnx.verifying.LONGEST_S", 0.2)
-    assert dw.load(message).notes[0] == "not compared: ONNX Runtime was stopped after 0.2 s"
+    assert dw.load(endless("N", ("N", 3))).notes[0] == "not compared: ONNX Runtime was stopped after 0.2 s"
+
+
+@pytest.mark.usefixtures("without_onnxruntime")
+def test_a_loop_without_an_end_does_not_run_where_nothing_stops_it():
+    model = dw.load(endless(1, (1, 3)))
+    assert "can't stay as it is either: Loop runs as long as the file says" in model.notes[-1]
+    assert model.input_shape == (1, 3)
+    message = endless("N", ("N", 3))
+    message.graph.output[0].type.tensor_type.ClearField("shape")
+    with pytest.raises(UnsupportedModelError, match=r"tells how many axes .*: Loop runs as long as the file says"):
+        dw.load(message)
 
 
 def hostile(change):

@@ -150,6 +150,14 @@ class _Cutting:
         return output
 
 
+def kinds_in(graph: Any) -> Iterator[str]:
+    """Yield the kind of each node of an ONNX graph, those of branches and bodies too."""
+    for message in graph.node:
+        yield message.op_type
+        for inner in graphs_of(message):
+            yield from kinds_in(inner)
+
+
 def _domains(messages: Sequence[Any]) -> Iterator[str]:
     for message in messages:
         yield "" if message.domain == "ai.onnx" else message.domain

@@ -10,25 +10,35 @@ import keras
 import numpy as np
 
 from dwindle.errors import MissingDependencyError, UnsupportedModelError
-from dwindle.lifting.onnx.cutting import Cut, checked, inferred
+from dwindle.lifting.onnx.cutting import Cut, checked, inferred, kinds_in
 from dwindle.measuring.onnx_runtime import OnnxRunner
 
 #: Seconds after which a run is stopped that only asks for the number of axes of a result.
 LONGEST_TRIAL_S = 60.0
+_REPEATING = {"Loop", "Scan", "SequenceMap"}
 # Types that JAX narrows, as long as its 64 bits are off.
 _NARROWED = {"int64": "int32", "uint64": "uint32", "float64": "float32"}
 
 
 class _Reference:
-    """The implementation of ONNX in NumPy, for what ONNX Runtime lacks or where it is not installed."""
+    """The implementation of ONNX in NumPy, for what ONNX Runtime lacks or where it is not installed.
 
-    def __init__(self, model: Any) -> None:
+    Nothing can stop it, so that with a limit it does not run what repeats as long as a file says.
+    """
+
+    def __init__(self, model: Any, *, limited: bool) -> None:
         from onnx.reference import ReferenceEvaluator
 
         self._evaluator = ReferenceEvaluator(model)
         self._inputs = _ends(model.graph.input)
+        self._refused = next((kind for kind in kinds_in(model.graph) if kind in _REPEATING), "") if limited else ""
 
     def run(self, *arrays: np.ndarray) -> tuple[np.ndarray, ...]:
+        if self._refused:
+            raise UnsupportedModelError(
+                f"{self._refused} runs as long as the file says, and nothing but ONNX Runtime can be stopped; install "
+                "it with pip install 'dwindle[onnx]'"
+            )
         fed = {name: np.asarray(x, dtype) for (name, dtype, _), x in zip(self._inputs, arrays, strict=True)}
         with np.errstate(all="ignore"):
             return tuple(np.asarray(value) for value in self._evaluator.run(None, fed))
@@ -39,7 +49,8 @@ def runner_of(content: bytes, *, limit_s: float | None = None) -> OnnxRunner | _
 
     Args:
         content: The file.
-        limit_s: Seconds after which ONNX Runtime is stopped; None for no limit.
+        limit_s: Seconds after which ONNX Runtime is stopped; without it, loops then do not run at all. None for no
+            limit.
 
     Raises:
         UnsupportedModelError: If the file is damaged, or neither ONNX Runtime nor `onnx.reference` has its operators.
@@ -49,7 +60,7 @@ def runner_of(content: bytes, *, limit_s: float | None = None) -> OnnxRunner | _
         return OnnxRunner(content, limit_s=limit_s)
     except (UnsupportedModelError, MissingDependencyError) as error:
         try:
-            return _Reference(model)
+            return _Reference(model, limited=limit_s is not None)
         except Exception:  # it reports what it lacks in many ways
             raise UnsupportedModelError(str(error)) from None
 
