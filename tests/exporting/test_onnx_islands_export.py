@@ -92,6 +92,31 @@ def test_after_pruning(tmp_path):
     assert_same(OnnxRunner(tmp_path / "m.onnx").run(x), [keras.ops.convert_to_numpy(y) for y in masked(x)])
 
 
+def test_a_model_that_takes_one_sample(tmp_path):
+    message = warped()
+    grid = message.graph.input.pop(1)
+    message.graph.initializer.append(onnx.numpy_helper.from_array(floats(1, 5, 5, 2), grid.name))
+    message.graph.input[0].type.tensor_type.shape.dim[0].dim_value = 1
+    model = dw.load(message)
+    assert model.input_shape == (1, 3, 8, 8)
+    x = floats(20, 3, 8, 8)
+    assert "takes one sample at a time, as the model does" in dw.export(model, tmp_path / "m.onnx", data=x).notes
+    dw.export(model, tmp_path / "m8.onnx", "int8", x)
+    whole = OnnxRunner(message.SerializeToString()).predict([x])
+    assert_same(OnnxRunner(tmp_path / "m.onnx").predict([x]), whole)
+    (rounded,) = OnnxRunner(tmp_path / "m8.onnx").predict([x])
+    assert np.abs(rounded - whole[0]).max() <= 0.05 * np.abs(whole[0]).max()
+
+
+def test_random_numbers_are_not_compared(tmp_path):
+    nodes = [node("MatMul", ["x", "w"], ["a"], name="first"), node("RandomNormalLike", ["a"], ["n"], name="noise"),
+             node("Add", ["a", "n"], ["b"]), node("MatMul", ["b", "v"], ["y"], name="last")]  # fmt: skip
+    model = dw.load(network(nodes, {"w": floats(4, 6), "v": floats(6, 3)}, {"x": ("N", 4)}, {"y": ("N", 3)}))
+    written = dw.export(model, tmp_path / "m.onnx")
+    assert "not compared: RandomNormalLike in `noise` draws random numbers" in written.notes
+    assert "RandomNormalLike" in [found.op_type for found in onnx.load(tmp_path / "m.onnx").graph.node]
+
+
 @pytest.mark.parametrize(("make", "text"), [
     (looping, r"layers read what `loop` \(Loop\) gives, of shape \(None, None\); an .onnx is written by way of LiteRT"),
     (branching, r"`choice` \(If\) reads what `.*` gives, of shape \(\); an .onnx is written by way of LiteRT"),

@@ -299,7 +299,7 @@ def test_a_sequence_that_others_read():
 def test_what_draws_random_numbers_is_not_compared():
     message = network([node("RandomNormalLike", ["x"], ["y"], name="noise")], {}, {"x": ("N", 3)}, {"y": ("N", 3)})
     model = dw.load(message)
-    assert model.notes[0] == "not compared: RandomNormalLike `noise` draws random numbers"
+    assert model.notes[0] == "not compared: RandomNormalLike in `noise` draws random numbers"
     assert model(floats(5, 3)).shape == (5, 3)
 
 

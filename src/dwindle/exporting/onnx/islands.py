@@ -25,7 +25,7 @@ from dwindle.graph_editing import (
 )
 from dwindle.lifting.onnx.cutting import checked
 from dwindle.lifting.onnx.graph import free_names, graphs_of
-from dwindle.lifting.onnx.islands import OnnxIsland, runner_of
+from dwindle.lifting.onnx.islands import OnnxIsland, drawing_in, runner_of
 from dwindle.measuring.onnx_runtime import OnnxRunner
 from dwindle.weights import rebuilding
 
@@ -55,13 +55,19 @@ class Parts:
     outputs: tuple[Ref, ...]
     reads: Mapping[str, Sequence[Ref]]
 
+    @property
+    def one_sample(self) -> bool:
+        """Whether it takes one sample at a time."""
+        return any(tensor.shape[:1] == (1,) for tensor in self.body.inputs)
+
     def samples(self, arrays: Sequence[np.ndarray]) -> list[np.ndarray]:
         """Return samples for the body: those for the model, and what its islands give for them."""
         more = self.taken[len(self.model.inputs) :]
         if not more:
             return list(arrays)
         taps = Taps(self.model, {"": more})
-        parts = [taps.read([x[k : k + _BATCH] for x in arrays]) for k in range(0, len(arrays[0]), _BATCH)]
+        size = 1 if self.one_sample else _BATCH
+        parts = [taps.read([x[k : k + size] for x in arrays]) for k in range(0, len(arrays[0]), size)]
         return [*arrays, *(np.concatenate([part["", ref][0] for part in parts]) for ref in more)]
 
 
@@ -179,6 +185,13 @@ def joined(parts: Parts, content: bytes, samples: Sequence[np.ndarray], layout: 
         f"written as in the ONNX file that it came from: `{island.name}` ({island.operator})"
         for island in parts.islands
     ]
+    if parts.one_sample:
+        notes.append("takes one sample at a time, as the model does")
+    notes += [
+        f"not compared: {drawing} in `{island.name}` draws random numbers"
+        for island in parts.islands
+        if (drawing := drawing_in(island))
+    ]
     return whole.SerializeToString(deterministic=True), notes
 
 
@@ -231,6 +244,10 @@ class Joining:
                 lengths = [f"{name}.{k}" if n is None else n for k, n in enumerate(lengths)]
                 described[name] = onnx.helper.make_tensor_value_info(name, self.types[ref], lengths)
             graph.output.append(described[name])
+        for value in (*graph.input, *graph.output) if self.parts.one_sample else ():
+            for length in value.type.tensor_type.shape.dim[:1]:
+                if length.dim_param == BATCH:
+                    length.dim_value = 1
         try:
             onnx.checker.check_model(self.message)
         except Exception as error:  # it reports in many ways
@@ -294,7 +311,7 @@ class Joining:
         self.names[ref], self.types[ref], self.turned[ref] = name, kind, False
 
     def compare(self, whole: Any, samples: Sequence[np.ndarray]) -> None:
-        """Run the whole file, and each of its parts on what they take in it.
+        """Run the whole file, and each of its parts on what they take in it; but for nodes that draw random numbers.
 
         Raises:
             VerificationError: If a part alone gives something else.
@@ -312,7 +329,7 @@ class Joining:
         inner = [name for name in dict.fromkeys(names) if name not in there]
         watched.graph.output.extend(onnx.ValueInfoProto(name=name) for name in inner)
         runner = OnnxRunner(watched.SerializeToString())
-        count = 1 if any(spec.shape[:1] == (1,) for spec in body.inputs) else 16
+        count = 1 if self.parts.one_sample or any(spec.shape[:1] == (1,) for spec in body.inputs) else 16
         fed = {
             spec.name: np.moveaxis(x[:count], -1, 1) if self.first and x.ndim > 3 else x[:count]
             for spec, x in zip(runner.inputs, samples, strict=False)
@@ -321,6 +338,8 @@ class Joining:
         pairs = [("the rest of the model", body.run(*(found[spec.name] for spec in body.inputs)),
                   [found[spec.name] for spec in body.outputs])]  # fmt: skip
         for island in islands:
+            if drawing_in(island):
+                continue
             given = [self._moved(found, ref) for ref in ends[island.name][0]]
             results = [found[self.names[ref]] for ref in ends[island.name][1]]
             pairs.append((f"`{island.name}` ({island.operator})", runner_of(island.content).run(*given), results))

@@ -15,6 +15,7 @@ from dwindle.measuring.onnx_runtime import OnnxRunner
 
 #: Seconds after which a run is stopped that only asks for the number of axes of a result.
 LONGEST_TRIAL_S = 60.0
+_RANDOM = {"RandomNormal", "RandomNormalLike", "RandomUniform", "RandomUniformLike", "Multinomial", "Bernoulli"}
 _REPEATING = {"Loop", "Scan", "SequenceMap"}
 # Types that JAX narrows, as long as its 64 bits are off.
 _NARROWED = {"int64": "int32", "uint64": "uint32", "float64": "float32"}
@@ -229,6 +230,11 @@ class OnnxIsland(keras.layers.Layer):
         names = ("operator", "file", "reason", "given", "shapes", "dtypes")
         own = {name: getattr(self, name) for name in names}
         return {**super().get_config(), **own}
+
+
+def drawing_in(island: OnnxIsland) -> str:
+    """Return the kind of node in an island that draws random numbers, an empty string where there is none."""
+    return next((kind for kind in kinds_in(checked(island.content).graph) if kind in _RANDOM), "")
 
 
 def _held(dtype: str) -> str:

@@ -13,7 +13,7 @@ from dwindle.errors import DwindleError, MissingDependencyError, UnsupportedMode
 from dwindle.exporting.verify import Bound, Verification, compare
 from dwindle.lifting.onnx.building import Builder
 from dwindle.lifting.onnx.graph import require_onnx
-from dwindle.lifting.onnx.islands import OnnxIsland, runner_of
+from dwindle.lifting.onnx.islands import OnnxIsland, drawing_in, runner_of
 from dwindle.lifting.onnx.values import Moving
 
 BOUND = Bound(tolerance=1e-3, unit="largest output", share=1.0)
@@ -23,7 +23,6 @@ _SAMPLES = 2
 _TRIED = ((32, 100), (64, 100), (224, 100), (32, 2), (64, 2), (224, 2))
 #: Seconds after which a run is stopped: a file's loops have no end by themselves.
 LONGEST_S = 60.0
-_RANDOM = {"RandomNormalLike", "RandomUniformLike", "Multinomial", "Bernoulli"}
 
 
 def check(builder: Builder, model: keras.Model, source: Any) -> str:
@@ -50,9 +49,9 @@ def check(builder: Builder, model: keras.Model, source: Any) -> str:
         return "not compared with ONNX Runtime, which is not installed (pip install 'dwindle[onnx]')"
     except (DwindleError, ValueError) as error:
         return f"not compared: {error}"
-    drawing = next((node for island in builder.islands for node in island.nodes if node.kind in _RANDOM), None)
-    if drawing is not None:
-        return f"not compared: {drawing.kind} `{drawing.name}` draws random numbers"
+    for island in builder.islands:
+        if drawing := drawing_in(island.layer):
+            return f"not compared: {drawing} in `{island.layer.name}` draws random numbers"
     problem = ""
     for length, below in _TRIED:
         inputs = _inputs(builder, [spec.shape for spec in runner.inputs], length, below)
