@@ -11,6 +11,9 @@ from pathlib import Path
 
 from dwindle.errors import ConfigError, ConversionError
 
+#: Bytes of the config in a ``.keras`` above which it is not read.
+LARGEST_CONFIG_BYTES = 64_000_000
+
 
 def write_bytes(path: str | Path, content: bytes) -> Path:
     """Write a file under a temporary name in the same folder, then rename it into place.

@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from dwindle.errors import UnsupportedModelError
+from dwindle.files import LARGEST_CONFIG_BYTES
 
-_LARGEST_CONFIG_BYTES = 64_000_000
 # An argument that a layer of Keras 2 had and that of Keras 3 does not take, and the value that it always computes with.
 _DROPPED = {
     **dict.fromkeys(("DepthwiseConv1D", "DepthwiseConv2D", "SeparableConv1D", "SeparableConv2D", "Conv1DTranspose",
@@ -85,7 +85,7 @@ def _config(path: Path) -> Any:
     try:
         with zipfile.ZipFile(path) as archive:
             info = archive.getinfo("config.json")
-            if info.file_size > _LARGEST_CONFIG_BYTES:
+            if info.file_size > LARGEST_CONFIG_BYTES:
                 raise UnsupportedModelError(f"`{path}` has a config of {info.file_size} bytes, which is no model's")
             return json.loads(archive.read(info))
     except (zipfile.BadZipFile, KeyError, ValueError, EOFError):

@@ -85,6 +85,19 @@ def test_another_process_reads_it(tmp_path):
     np.testing.assert_allclose(np.load(tmp_path / "y.npy"), found, atol=1e-6)
 
 
+def test_what_would_not_be_read_again_is_said(monkeypatch):
+    # Two matrices, each of them small enough; the config holds both as text.
+    nodes = [node("FusedMatMul", ["x", "v"], ["a"], name="one", domain="com.microsoft"), node("Relu", ["a"], ["b"]),
+             node("FusedMatMul", ["b", "v"], ["y"], name="two", domain="com.microsoft")]  # fmt: skip
+    message = network(nodes, {"v": floats(50, 50)}, {"x": ("N", 50)}, {"y": ("N", 50)})
+    said = "a .keras could not be read: with what stays as in the file, its config would have "
+    assert not any(note.startswith(said) for note in dw.load(message).notes)
+    monkeypatch.setattr("dwindle.lifting.onnx.reading.LARGEST_CONFIG_BYTES", 20_000)
+    model = dw.load(message)
+    assert max(len(layer.file) for layer in islands_of(model)) < 20_000
+    assert any(note.startswith(said) for note in model.notes)
+
+
 def test_the_loop_gets_the_number_of_samples():
     message = looping()
     model = dw.load(message)

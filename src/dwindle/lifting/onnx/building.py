@@ -30,8 +30,6 @@ _SPATIAL = {"Conv", "ConvTranspose", "MaxPool", "AveragePool", "GlobalAveragePoo
 _OF_SHAPES = {"Shape", "Size"}
 
 
-# Bytes above which the config of a .keras would be refused, which holds them as text.
-_LARGE = 40_000_000
 _NO_ENTRY = "no entry in the table of ONNX operators"
 
 
@@ -174,8 +172,6 @@ class Builder(Arranger):
             )
             self.values[output] = found
         self.islands.append(Frozen(tuple(nodes), layer, cut.inputs, tuple(wanted)))
-        if len(cut.content) > _LARGE:
-            self.note(f"`{name}` holds constants of {len(cut.content)} bytes: a .keras with it is too large to be read")
         self.note(f"stays as in the file, in ONNX Runtime and without a gradient: `{name}` ({operators}), since it has "
                   f"{reason}")  # fmt: skip
 

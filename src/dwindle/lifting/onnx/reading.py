@@ -9,6 +9,7 @@ from typing import Any
 import keras
 
 from dwindle.errors import UnsupportedModelError
+from dwindle.files import LARGEST_CONFIG_BYTES
 from dwindle.lifting.onnx.building import Builder
 from dwindle.lifting.onnx.graph import Graph, read_graph, set_shapes
 from dwindle.lifting.onnx.verifying import check
@@ -93,6 +94,11 @@ def build(
     ends = [found[0] if len(found) == 1 else found for found in (inputs, outputs)]
     model = keras.Model(*ends, name=_valid(name or graph.name))
     notes = list(builder.notes)
+    if builder.islands and (length := len(model.to_json())) > LARGEST_CONFIG_BYTES:
+        notes.append(
+            "a .keras could not be read: with what stays as in the file, its config would have "
+            f"{length} bytes, and the largest that is read has {LARGEST_CONFIG_BYTES}"
+        )
     if builder.transposes:
         left = f"{builder.transposes} transpose{'s' * (builder.transposes > 1)}"
         notes.append(f"{left} left, of {sum(node.kind == 'Transpose' for node in graph.nodes)} in the file")
