@@ -161,13 +161,15 @@ def operators() -> list[str]:
     from dwindle.lifting.onnx.operators import OPERATORS as ONNX
     from dwindle.lifting.operators import OPERATORS as LITERT
 
+    onnx = [name for name in ONNX if not name.startswith("dwindle::")]  # those stand for several of a file
+
     def listed(names: Iterable[str]) -> str:
         return ", ".join(f"`{name}`" for name in sorted(names))
 
     return [
         f"Operators of LiteRT that can be made trainable ({len(LITERT)}): {listed(LITERT)}.",
         "",
-        f"Operators of ONNX that are read ({len(ONNX)}): {listed(ONNX)}.",
+        f"Operators of ONNX that are read ({len(onnx)}): {listed(onnx)}.",
     ]
 
 

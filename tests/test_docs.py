@@ -5,6 +5,7 @@ from __future__ import annotations
 import doctest
 import importlib
 import re
+import runpy
 import shlex
 from pathlib import Path
 
@@ -96,10 +97,16 @@ def test_every_page_is_in_the_documentation(page):
         assert page.removeprefix("docs/") in (ROOT / "mkdocs.yml").read_text(encoding="utf8")
 
 
+def test_the_pages_name_the_operators_of_onnx_and_no_others():
+    (_, _, listed) = runpy.run_path(str(ROOT / "scripts" / "support_table.py"))["operators"]()
+    names = re.findall(r"`([^`]+)`", listed)
+    assert {name.partition("::")[0] for name in names if "::" in name} == {"com.microsoft"}
+    assert listed in (ROOT / "docs" / "support.md").read_text(encoding="utf8")
+    assert f"The table has {len(names)} entries" in (ROOT / "docs" / "onnx.md").read_text(encoding="utf8")
+
+
 @pytest.mark.slow
 def test_the_support_table_is_what_running_it_gives():
-    import runpy
-
     made = runpy.run_path(str(ROOT / "scripts" / "support_table.py"))["table"]()
     assert made == (ROOT / "docs" / "support.md").read_text(encoding="utf8")
 
@@ -107,8 +114,6 @@ def test_the_support_table_is_what_running_it_gives():
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")  # PyTorch's exporter warns about its own code
 def test_the_table_of_pytorch_is_what_running_it_gives():
-    import runpy
-
     pytest.importorskip("torch")
     pytest.importorskip("onnxscript")
     made = runpy.run_path(str(ROOT / "scripts" / "support_table.py"))["torch_table"]()
