@@ -48,7 +48,7 @@ class OnnxRunner:
         inputs: The file's inputs, in its order; -1 stands for a length that is open.
         outputs: The file's outputs, in its order.
         lengths: Lengths of each output's axes: numbers, names, or None; empty also where nothing tells the axes.
-        stopped: Whether a run took longer than its limit.
+        stopped: Whether the last run took longer than its limit.
 
     Raises:
         DataError: If the file does not exist.
@@ -94,6 +94,7 @@ class OnnxRunner:
             *x: One array per input, batch axis included.
         """
         fed = {spec.name: np.ascontiguousarray(array, spec.dtype) for array, spec in zip(x, self.inputs, strict=True)}
+        self.stopped = False
         try:
             return tuple(self._session.run(self._names, fed) if self._limit_s is None else self._limited(fed))
         except Exception as error:

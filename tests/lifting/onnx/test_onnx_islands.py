@@ -35,6 +35,7 @@ import dwindle as dw
 from dwindle.errors import UnsupportedModelError, VerificationError
 from dwindle.lifting.onnx.cutting import checked, cut_out
 from dwindle.lifting.onnx.islands import OnnxIsland
+from dwindle.lifting.onnx.operators import OPERATORS
 from dwindle.measuring.onnx_runtime import OnnxRunner
 
 
@@ -240,6 +241,17 @@ def test_a_use_without_an_entry():
         assert_same(model(given), OnnxRunner(message.SerializeToString()).run(*given))
 
 
+def test_what_an_entry_notes_before_it_fails_is_not_said(monkeypatch):
+    def failing(context, node, inputs):
+        context.note("is rounded")
+        raise UnsupportedModelError("too open")
+
+    monkeypatch.setitem(OPERATORS, "Relu", failing)
+    model = dw.load(network([node("Relu", ["x"], ["y"], name="bent")], {}, {"x": ("N", 4)}, {"y": ("N", 4)}))
+    assert [layer.name for layer in islands_of(model)] == ["bent"]
+    assert "is rounded" not in model.notes
+
+
 def test_lengths_that_are_too_open_for_an_entry(tmp_path):
     nodes = [
         node("Conv", ["x", "w"], ["a"], name="first"), node("Transpose", ["a"], ["b"], perm=[0, 2, 3, 1]),
@@ -330,6 +342,15 @@ def endless(samples, given):
 def test_a_loop_without_an_end_is_stopped(monkeypatch):
     monkeypatch.setattr("dwindle.lifting.onnx.verifying.LONGEST_S", 0.2)
     assert dw.load(endless("N", ("N", 3))).notes[0] == "not compared: ONNX Runtime was stopped after 0.2 s"
+
+
+def test_what_comes_after_a_run_that_was_stopped():
+    runner = OnnxRunner(endless("N", ("N", 3)).SerializeToString(), limit_s=0.1)
+    with pytest.raises(UnsupportedModelError, match=r"was stopped after 0\.1 s"):
+        runner.run(floats(2, 3))
+    with pytest.raises(UnsupportedModelError, match="can't run the file on these inputs"):
+        runner.run(floats(2, 4))
+    assert not runner.stopped
 
 
 @pytest.mark.usefixtures("without_onnxruntime")

@@ -227,13 +227,13 @@ class Builder(Arranger):
         if node.kind not in OPERATORS:
             self._keep([node], _NO_ENTRY)
             return
-        before = (set(self._names), set(self._taken), node.inputs, node.outputs, self.transposes)
+        before = (set(self._names), set(self._taken), node.inputs, node.outputs, self.transposes, list(self.notes))
         try:
             results = self._by_entry(node, inputs)
         except UnsupportedModelError as error:
             if not self.lenient:
                 raise
-            self._names, self._taken, node.inputs, node.outputs, self.transposes = before
+            self._names, self._taken, node.inputs, node.outputs, self.transposes, self.notes = before
             self._keep([node], f"no entry for this use: {error}")
             return
         self._store(node, results)
