@@ -31,8 +31,12 @@ def finalize(model: keras.Model) -> keras.Model:
     if isinstance(student, keras.Model):
         return finalize(student)
     if getattr(model, "quantization", None):
+        from dwindle.exporting.onnx.islands import islands_in, put_together, taken_apart
         from dwindle.lifting.lifted import build_lifted
 
+        if islands_in(model):
+            parts = taken_apart(model)
+            return put_together(parts, finalize(parts.body))
         plain = build_lifted(model.to_float_file(), grids=None, name=model.name)
         layers = dict(walk_layers(plain))
         for (path, key), value in effective_weights(model).items():

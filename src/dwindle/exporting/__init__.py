@@ -237,6 +237,8 @@ def _export_islands(
     from dwindle.exporting.onnx import onnx_file
     from dwindle.exporting.onnx.islands import joined, taken_apart
 
+    if (trained := getattr(model, "quantization", None)) and not trained.get("ranged"):
+        model.sync()
     parts = taken_apart(model)
     if data is not None:
         shapes = [tuple(tensor.shape[1:]) for tensor in model.inputs]

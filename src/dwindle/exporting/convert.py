@@ -34,12 +34,12 @@ def float_file(model: keras.Model) -> bytes:
     """
     if not isinstance(model, keras.Model):
         raise ConfigError(f"`model` is a {type(model).__name__}; it must be a keras.Model (dw.load makes one)")
+    refuse_islands(model, "a .tflite")
     if hasattr(model, "to_float_file"):
         content: bytes = model.to_float_file()
         return content
     if not model.built:
         raise ConfigError(f"`model` ({model.name}) is not built: call it once on data, or model.build(input_shape)")
-    refuse_islands(model, "a .tflite")
     from dwindle.attaching import attached, full_precision, strip
 
     plain = full_precision(strip(model) if attached(model) else model)

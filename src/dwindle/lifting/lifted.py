@@ -35,6 +35,9 @@ class LiftedModel(keras.Model):
         name: The model's name.
         quantization: For a model in quantized training: the scheme's dict and the calibrated ranges.
         notes: What the user should know, such as operators that could not be made trainable.
+        ends: For a model with nodes of an ONNX file in it, which a LiteRT file can't hold: the tensors between those
+            and the rest, as ``(layer, call, output)``; ``"fed"``, what the float file takes behind the model's inputs,
+            and ``"given"``, all that it gives. None: the file is all of the model.
 
     Attributes:
         float_file: The bytes of the float file that it came from.
@@ -49,12 +52,14 @@ class LiftedModel(keras.Model):
         name: str | None = None,
         quantization: dict[str, Any] | None = None,
         notes: Sequence[str] = (),
+        ends: dict[str, list[Any]] | None = None,
     ) -> None:
         with recursion_of(DEEPEST):
-            super().__init__(inputs=inputs, outputs=outputs, name=name)
+            super().__init__(inputs=_alone(inputs), outputs=_alone(outputs), name=name)
         self._dwindle_links = tuple(links)
         self._dwindle_quantization = quantization
         self._dwindle_notes = tuple(notes)
+        self._dwindle_ends = ends
         self.float_file = b""
         tie(self, self.links)
 
@@ -62,6 +67,12 @@ class LiftedModel(keras.Model):
     def links(self) -> tuple[Link, ...]:
         """Which variable is which tensor of the float file."""
         return tuple(self._dwindle_links)
+
+    @property
+    def ends(self) -> dict[str, list[tuple[str, int, int]]] | None:
+        """Tensors between nodes of an ONNX file and the rest, which alone is in the float file; None without those."""
+        found = self._dwindle_ends
+        return None if found is None else {key: [tuple(ref) for ref in refs] for key, refs in found.items()}
 
     @property
     def notes(self) -> tuple[str, ...]:
@@ -119,7 +130,7 @@ class LiftedModel(keras.Model):
             graph = keras.Model(self.inputs, self.outputs, name=self.name).get_config()
         links = [vars(link) for link in self.links]
         return {"graph": graph, "links": links, "quantization": self.quantization, "name": self.name,
-                "notes": list(self.notes)}  # fmt: skip
+                "notes": list(self.notes), "ends": self.ends}  # fmt: skip
 
     @classmethod
     def from_config(cls, config: dict[str, Any], custom_objects: Any = None) -> LiftedModel:
@@ -129,7 +140,7 @@ class LiftedModel(keras.Model):
         links = [Link(**link) for link in config["links"]]
         return cls(
             graph.inputs, graph.outputs, links=links, name=config["name"], quantization=config["quantization"],
-            notes=config.get("notes", ()),
+            notes=config.get("notes", ()), ends=config.get("ends"),
         )  # fmt: skip
 
     def save_assets(self, path: str) -> None:
@@ -152,6 +163,10 @@ class LiftedModel(keras.Model):
             value = _float_value(layers[link.layer], link.variable)
             values[link.tensor] = to_file(value, link.layout, shapes[link.tensor])
         return replace_constants(self.float_file, values)
+
+
+def _alone(tensors: Any) -> Any:
+    return tensors[0] if isinstance(tensors, list) and len(tensors) == 1 else tensors
 
 
 def _kernel_scales(layer: Any) -> np.ndarray:

@@ -11,7 +11,7 @@ import numpy as np
 
 from dwindle.attaching import attach, attached
 from dwindle.data import Split
-from dwindle.errors import ConfigError, DataError, check_choice
+from dwindle.errors import ConfigError, DataError, UnsupportedModelError, check_choice
 from dwindle.lifting.flatbuffer import read_graph
 from dwindle.lifting.lifted import LiftedModel, build_lifted
 from dwindle.lifting.shared_constants import unshared
@@ -59,7 +59,8 @@ def quantize(
     The model is converted to a float file and lifted back, so BatchNorm is folded and activations are fused as in
     the file. The quantizer then writes a quantized file, and the twin rounds exactly where that file does: weights
     per output channel, activations on ranges from calibration. Train it with plain ``fit``, then `export` it: the
-    file gets the trained weights and ranges.
+    file gets the trained weights and ranges. Nodes that stayed as in an ONNX file stay so in the twin, and what lies
+    around them is quantized; no gradient passes them, and it can be exported as ``.onnx`` only.
 
     Args:
         model: Any Keras model that converts; it is not changed. Masks and shared values are baked in first.
@@ -93,12 +94,13 @@ def quantize(
     Raises:
         ConfigError: For a scheme without integers, or one that the model's layers can't have.
         DataError: If calibration data is missing or does not fit.
-        UnsupportedModelError: If the file keeps a state between runs.
+        UnsupportedModelError: If the file keeps a state between runs, or nodes of an ONNX file take one sample only.
 
     References:
         Jacob et al. 2018, arXiv 1712.05877; Esser et al. 2020 (learned step size), arXiv 1902.08153.
     """
     from dwindle.exporting.convert import float_file
+    from dwindle.exporting.onnx.islands import islands_in, put_together, taken_apart
 
     chosen = for_layers(resolve_scheme(scheme), layers)
     check_choice("ranges", ranges, RANGES)
@@ -109,6 +111,13 @@ def quantize(
     check_choice("rounding", rounding, ROUNDINGS)
     if budget is not None and max_drop is not None:
         raise ConfigError("`budget` and `max_drop` both choose the layers' bits; pass one of them")
+    parts = taken_apart(model) if islands_in(model) else None
+    if parts is not None:
+        _check_parts(parts, max_drop)
+        if data is not None:
+            shapes = [tuple(tensor.shape[1:]) for tensor in model.inputs]
+            data = parts.samples(calibration_samples(shapes, data))
+        model = parts.body
     content = unshared(float_file(model))
     assign(read_graph(content), chosen)  # a layer that does not exist is said before any work
     looks = {"rounding": rounding != "nearest", "correct_bias": correct_bias, "budget": budget, "max_drop": max_drop}
@@ -129,11 +138,26 @@ def quantize(
     content, bounds = _refined(content, choices, bounds, samples, rounding, correct_bias)
     if found is not None and content != original:
         found = calibrate(content, samples, method=calibration, bits=bits)
-    return simulate(
+    twin = simulate(
         content, chosen, found, name=model.name, keep_zeros=keep_zeros, keep_values=keep_values,
         clusters=_clusters(model), training_ranges=ranges, weight_bounds=bounds,
         notes=not_refined(read_graph(content), choices, rounding=rounding, clipping=clipping),
     )  # fmt: skip
+    return twin if parts is None else put_together(parts, twin)
+
+
+def _check_parts(parts: Any, max_drop: Any) -> None:
+    """Refuse what a model with nodes of an ONNX file can't have."""
+    names = ", ".join(f"`{island.name}`" for island in parts.islands)
+    if max_drop is not None:
+        raise ConfigError(
+            f"`max_drop` is judged on a LiteRT file, which can't hold {names} of the model; pass `budget` instead"
+        )
+    if parts.one_sample:
+        raise UnsupportedModelError(
+            f"`{parts.model.name}` takes one sample at a time, since {names} of its ONNX file do, and can't be trained "
+            "on batches; pass dw.export the scheme"
+        )
 
 
 def _looked_at(

@@ -199,9 +199,8 @@ def test_channels_of_one_that_keeps_them_stay():
 
 @pytest.mark.parametrize("verb", [
     lambda model, folder: dw.export(model, folder / "m.tflite"),
-    lambda model, _: dw.quantize(model, "int8", np.zeros((4, 4), np.float32)),
     lambda model, _: dw.lift(model),
-], ids=["export", "quantize", "lift"])  # fmt: skip
+], ids=["export", "lift"])  # fmt: skip
 def test_a_litert_file_can_not_hold_it(verb, tmp_path):
     model = dw.load(fused())
     with pytest.raises(UnsupportedModelError, match=(

@@ -22,7 +22,9 @@ from dwindle.graph_editing import (
     input_refs,
     output_refs,
     redirected,
+    replace_refs,
 )
+from dwindle.lifting.lifted import LiftedModel
 from dwindle.lifting.onnx.cutting import checked
 from dwindle.lifting.onnx.graph import free_names, graphs_of
 from dwindle.lifting.onnx.islands import OnnxIsland, drawing_in, runner_of
@@ -98,12 +100,15 @@ def taken_apart(model: keras.Model) -> Parts:
     inner = {ref: island for island in islands for ref in results_of(island)}
     reads = {island.name: made[island.name, 0] for island in islands}
     inputs, outputs = input_refs(config), output_refs(config)
-    wanted = dict.fromkeys([*(ref for refs in reads.values() for ref in refs), *outputs])
-    given = [ref for ref in wanted if ref not in inner and ref not in inputs]
+    if isinstance(model, LiftedModel) and model.ends is not None:
+        fed, given = model.ends["fed"], model.ends["given"]
+    else:
+        wanted = dict.fromkeys([*(ref for refs in reads.values() for ref in refs), *outputs])
+        given = [ref for ref in wanted if ref not in inner and ref not in inputs]
+        read = _read_before(given, made, {*inner, *inputs})
+        fed = [ref for ref in inner if ref in read]
     if not given:
         raise UnsupportedModelError(f"`{model.name}` has no layers but `{islands[0].name}`; its ONNX file is all of it")
-    read = _read_before(given, made, {*inner, *inputs})
-    fed = [ref for ref in inner if ref in read]
     body = _body(model, config, inputs, {ref: _taken(inner[ref], ref[2]) for ref in fed}, given)
     for ref, tensor in zip(given, body.outputs, strict=True):
         reader = next((island for island in islands if ref in reads[island.name]), None)
@@ -161,8 +166,52 @@ def _body(
     with rebuilding(model):
         body = keras.Model.from_config(redirected(config, instead))
     copy_by_path(model, body)
+    if isinstance(model, LiftedModel):
+        return _lifted(body, model)
     body.notes = getattr(model, "notes", ())
     return body
+
+
+def put_together(parts: Parts, body: LiftedModel) -> LiftedModel:
+    """Return a model with its islands, and another body in place of its own.
+
+    Args:
+        parts: The model, taken apart.
+        body: What takes and gives the same as the model's own body, in the same order; it is not changed.
+    """
+    config, whole = functional_config(body), functional_config(parts.model)
+    own = len(parts.model.inputs)
+    takes, gives = input_refs(config), output_refs(config)
+    there = dict(zip((*parts.taken, *parts.given), (*takes, *gives), strict=True))
+    fed = parts.taken[own:]
+    names = {island.name for island in parts.islands}
+    entries = [
+        {**entry, "inbound_nodes": replace_refs(entry["inbound_nodes"], lambda ref: there.get(ref, ref))}
+        for entry in whole["layers"]
+        if entry["config"]["name"] in names
+    ]
+    config = {
+        **config,
+        "layers": [*entries, *config["layers"]],
+        "input_layers": [list(ref) for ref in takes[:own]],
+        "output_layers": [list(there.get(ref, ref)) for ref in parts.outputs],
+    }
+    with rebuilding(body):
+        made = keras.Model.from_config(redirected(config, dict(zip(takes[own:], fed, strict=True))))
+    copy_by_path(body, made)
+    return _lifted(made, body, ends={"fed": list(fed), "given": gives})
+
+
+def _lifted(graph: keras.Model, source: LiftedModel, *, ends: dict[str, list[Any]] | None = None) -> LiftedModel:
+    """Return a model of the same float file with another graph of the same layers."""
+    left = [
+        f"stays as in the ONNX file that it came from, without a gradient: `{island.name}` ({island.operator})"
+        for island in islands_in(graph)
+    ]
+    found = LiftedModel(graph.inputs, graph.outputs, links=list(source.links), name=source.name,
+                        quantization=source.quantization, notes=[*source.notes, *left], ends=ends)  # fmt: skip
+    found.float_file = source.float_file
+    return found
 
 
 def joined(parts: Parts, content: bytes, samples: Sequence[np.ndarray], layout: str) -> tuple[bytes, list[str]]:
