@@ -59,6 +59,17 @@ def test_the_rest_is_quantized(name, tmp_path):
     assert model.to_json() == before
 
 
+def test_a_node_with_a_name_that_the_rest_has_too(tmp_path):
+    message = warped()
+    next(found for found in message.graph.node if found.op_type == "GridSample").name = "transpose_1"
+    model = dw.load(message)
+    x = samples(model)
+    twin = dw.quantize(model, "int8", x)
+    assert [layer.name for layer in islands_of(twin)] == ["transpose_1_of_onnx"]
+    dw.export(twin, tmp_path / "m.onnx", data=x)
+    same_as_file(twin, tmp_path / "m.onnx", x)
+
+
 @pytest.mark.parametrize("ranges", ["fixed", "moving", "learned"])
 def test_it_is_trained_saved_and_written(ranges, tmp_path):
     model = dw.load(warped())

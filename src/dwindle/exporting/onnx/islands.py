@@ -183,23 +183,30 @@ def put_together(parts: Parts, body: LiftedModel) -> LiftedModel:
     own = len(parts.model.inputs)
     takes, gives = input_refs(config), output_refs(config)
     there = dict(zip((*parts.taken, *parts.given), (*takes, *gives), strict=True))
-    fed = parts.taken[own:]
-    names = {island.name for island in parts.islands}
+    used = {entry["config"]["name"] for entry in config["layers"]}
+    names = {layer.name: f"{layer.name}_of_onnx" if layer.name in used else layer.name for layer in parts.islands}
+
+    def moved(ref: Ref) -> Ref:
+        return there[ref] if ref in there else (names[ref[0]], ref[1], ref[2])
+
     entries = [
-        {**entry, "inbound_nodes": replace_refs(entry["inbound_nodes"], lambda ref: there.get(ref, ref))}
-        for entry in whole["layers"]
-        if entry["config"]["name"] in names
-    ]
+        {
+            **entry, "name": names[name], "config": {**entry["config"], "name": names[name]},
+            "inbound_nodes": replace_refs(entry["inbound_nodes"], moved),
+        }
+        for entry in whole["layers"] if (name := entry["config"]["name"]) in names
+    ]  # fmt: skip
     config = {
         **config,
         "layers": [*entries, *config["layers"]],
         "input_layers": [list(ref) for ref in takes[:own]],
-        "output_layers": [list(there.get(ref, ref)) for ref in parts.outputs],
+        "output_layers": [list(moved(ref)) for ref in parts.outputs],
     }
+    fed = [(names[name], call, place) for name, call, place in parts.taken[own:]]
     with rebuilding(body):
         made = keras.Model.from_config(redirected(config, dict(zip(takes[own:], fed, strict=True))))
     copy_by_path(body, made)
-    return _lifted(made, body, ends={"fed": list(fed), "given": gives})
+    return _lifted(made, body, ends={"fed": fed, "given": gives})
 
 
 def _lifted(graph: keras.Model, source: LiftedModel, *, ends: dict[str, list[Any]] | None = None) -> LiftedModel:
