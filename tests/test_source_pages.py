@@ -123,7 +123,13 @@ def test_what_is_refused_of_keras(tmp_path, monkeypatch):
             new.writestr(name, content)
     for name in ("broken.keras", "broken.h5"):
         Path(name).write_text("no model")
+    image = keras.Input((None, None, 3), name="image")
+    model = keras.Model(image, layers.GlobalMaxPooling2D()(image))
     page = "from-keras.md"
+    says(page, "lengths that contradict the model", model, inputs=(None, 20, 20, 1))
+    with pytest.raises(dw.UnsupportedModelError) as caught:
+        dw.export(model, "image.tflite")
+    assert str(caught.value) == rows(page)["open lengths, when a file is written without `data`"]
     says(page, "code in the file", "model.keras")
     says(page, "weights only", "model.weights.h5")
     says(page, "a class that is not known", "custom.keras")

@@ -22,11 +22,11 @@ def load(source: Any, inputs: Any = None, *, trust: bool = False, layout: str = 
     Args:
         source: Path of a ``.keras``, ``.h5``, ``.tflite``, ``.onnx`` or ``.pt2`` file or a SavedModel folder; an
             `onnx.ModelProto`; a `torch.nn.Module`, which is exported to ONNX in memory; or a `keras.Model`, which is
-            returned as it is.
+            returned as it is if ``inputs`` chooses no lengths.
         inputs: For PyTorch: an example tensor or a shape such as ``(1, 3, 224, 224)``, or a tuple of them; a ``.pt2``
-            has its own. For ONNX:
-            shapes of inputs whose lengths are open, by name, or the shape of the only input; None stands
-            for a length that stays open, such as ``(None, 3, 224, 224)``.
+            has its own. For ONNX, Keras and SavedModel: shapes of inputs whose lengths are open, by name, or the shape
+            of the only input; None stands for a length that stays open, such as ``(None, 224, 224, 3)``. A Keras model
+            is built anew for them, with its weights and not compiled.
         trust: Whether code that comes with a file may run: Lambda layers, and a ``.pt2``, which PyTorch unpickles. Only
             for files whose origin you know.
         layout: For ONNX and PyTorch: ``"source"`` keeps the order of the axes of inputs and outputs;
@@ -45,7 +45,7 @@ def load(source: Any, inputs: Any = None, *, trust: bool = False, layout: str = 
 
     check_choice("layout", layout, LAYOUTS)
     if isinstance(source, keras.Model):
-        return source
+        return _with_lengths(source, inputs)
     if type(source).__name__ == "ModelProto":
         from dwindle.lifting.onnx.reading import lift_onnx
 
@@ -60,18 +60,27 @@ def load(source: Any, inputs: Any = None, *, trust: bool = False, layout: str = 
     if not path.exists():
         raise ConfigError(f"`{path}` does not exist; pass a model file: {', '.join(SUFFIXES)} or a SavedModel folder")
     reader = _reader(path)
-    given = [name for name, value in (("inputs", inputs), ("layout", None if layout == "source" else layout)) if value]
     suffix = "" if path.is_dir() else path.suffix.lower()
-    if given and suffix not in (".onnx", ".pt2"):
-        raise ConfigError(f"`{given[0]}` is for .onnx and .pt2 files, and `{path}` knows its own shapes; leave it out")
+    if inputs and suffix == ".tflite":
+        raise ConfigError(f"`inputs` chooses open lengths, and `{path}` is a .tflite, which has none; leave it out")
+    if layout != "source" and suffix not in (".onnx", ".pt2"):
+        raise ConfigError(f"`layout` is for .onnx and .pt2 files, and `{path}` knows its own; leave it out")
     try:
         if suffix == ".pt2":
             return reader(path, inputs, layout, trust=trust)
-        return reader(path, inputs, layout) if suffix == ".onnx" else reader(path, trust)
+        if suffix == ".onnx":
+            return reader(path, inputs, layout)
+        return reader(path, trust, inputs) if path.is_dir() else _with_lengths(reader(path, trust), inputs)
     except DwindleError:
         raise
     except Exception as error:
         raise UnsupportedModelError(f"`{path}` can't be read as {_kind(path)}: {_first_line(error)}") from None
+
+
+def _with_lengths(model: Any, inputs: Any) -> Any:
+    from dwindle.open_lengths import with_lengths
+
+    return with_lengths(model, inputs) if inputs else model
 
 
 def _reader(path: Path) -> Callable[..., Any]:

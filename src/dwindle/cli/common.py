@@ -38,7 +38,7 @@ def source_options(sub: argparse.ArgumentParser) -> None:
     """Add the options that say how an ONNX file is read."""
     sub.add_argument(
         "--input", metavar="NAME=LENGTHS", action="append", default=[],
-        help="shape of an input of an .onnx whose lengths are open, such as x=?,3,224,224; repeatable",
+        help="shape of an input whose lengths are open, such as x=?,224,224,3 (not for .tflite); repeatable",
     )  # fmt: skip
     sub.add_argument(
         "--layout", default=LAYOUTS[0], choices=LAYOUTS,

@@ -30,6 +30,7 @@ from dwindle.lifting import lift
 from dwindle.measuring import (
     check_metric,
 )
+from dwindle.open_lengths import with_lengths_of
 from dwindle.targets import Target, read_target
 from dwindle.units import parse_duration
 from dwindle.weights import is_graph
@@ -164,6 +165,9 @@ def begun_search(
         tell(Event(kind="note", text=f"{model.name} is a subclassed model: it is lifted, the same computation"))
         model = lift(model)
     fitted, held_back = _data_for(model, train, validation, test, data, seed)
+    model, notes = with_lengths_of(model, (fitted.train or fitted.evaluation()).x)
+    for note in notes:
+        tell(Event(kind="note", text=note))
     marks = {"seed": seed, "epochs": epochs, "model": fingerprint(model), "data": fitted.sha256, "target": device.name}
     store = Store(out, marks, resume=resume, force=force)
     try:

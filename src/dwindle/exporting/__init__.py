@@ -27,6 +27,7 @@ from dwindle.quantization import (
     input_shapes,
     resolve_scheme,
     simulate,
+    with_lengths_in,
     write_quantized,
 )
 from dwindle.quantization.assignment import assign, widened
@@ -105,7 +106,8 @@ def export(
             `dwindle.quantization.resolve_scheme`; for a SavedModel a name, or a mapping from layer patterns to names.
             None: what `quantize` was called with, else ``"float32"``.
         data: Samples for calibration (integer activations) and verification: array, list of arrays, `Data`, or what
-            `dwindle.data.read_data` reads. Without it, verification runs on seeded random inputs.
+            `dwindle.data.read_data` reads. Without it, verification runs on seeded random inputs. A ``.tflite`` or
+            ``.onnx`` takes its lengths where the model leaves them open.
         io_type: What a file with integer activations takes and gives: ``"float32"``, ``"int8"``, ``"uint8"``, or
             ``"int16"`` where activations have 16 bits.
         calibration: How ranges are chosen; see `dwindle.quantization.calibrate`.
@@ -281,6 +283,8 @@ def _litert_file(
     chosen = _chosen_scheme(scheme, trained)
     _check_io_type(io_type, chosen)
     model, notes = _in_float32(model)
+    model, fixed = with_lengths_in(data, model)
+    notes += fixed
     content = float_file(model)
     if not trained:
         notes += widened(read_graph(content), chosen)

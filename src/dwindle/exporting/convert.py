@@ -18,6 +18,7 @@ import numpy as np
 
 from dwindle.errors import ConfigError, ConversionError, UnsupportedModelError
 from dwindle.lifting.flatbuffer import counted, named_as_layers, ordered, read_graph, resizable
+from dwindle.open_lengths import by_name, refuse_open_lengths, require_fit
 from dwindle.weights import is_graph
 
 
@@ -29,7 +30,7 @@ def float_file(model: keras.Model) -> bytes:
 
     Raises:
         ConfigError: If ``model`` is no built Keras model.
-        UnsupportedModelError: If a layer runs nodes of an ONNX file.
+        UnsupportedModelError: If a layer runs nodes of an ONNX file, or an input has open lengths besides its samples.
         ConversionError: If the converter fails; its reason is passed on.
     """
     if not isinstance(model, keras.Model):
@@ -40,6 +41,7 @@ def float_file(model: keras.Model) -> bytes:
         return content
     if not model.built:
         raise ConfigError(f"`model` ({model.name}) is not built: call it once on data, or model.build(input_shape)")
+    refuse_open_lengths({tensor.name: tensor.shape for tensor in input_tensors(model)})
     from dwindle.attaching import attached, full_precision, strip
 
     plain = full_precision(strip(model) if attached(model) else model)
@@ -149,12 +151,17 @@ def _unrolled(model: keras.Model) -> Iterator[None]:
             layer.unroll = False
 
 
-def saved_model_file(folder: Path) -> bytes:
+def saved_model_file(folder: Path, inputs: Any = None) -> bytes:
     """Return the float32 LiteRT file of a SavedModel's ``serving_default`` signature.
 
     Inputs and outputs are in the order of their names, ``output_2`` before ``output_10``: a signature has no other.
 
+    Args:
+        folder: The SavedModel.
+        inputs: Shapes of inputs whose lengths are open, by name, or the shape of the only input; None: all are fixed.
+
     Raises:
+        ConfigError: If ``inputs`` does not fit.
         ConversionError: If it has no such signature, or the converter fails.
         UnsupportedModelError: If it has float8 weights, or an input of several samples or of open lengths.
     """
@@ -177,7 +184,11 @@ def saved_model_file(folder: Path) -> bytes:
             # TensorFlow gives them in another order each time, and the model's own is not in the folder.
             signed = serving.structured_input_signature[1]
             given = {name: signed[name] for name in sorted(signed, key=counted)}
-            specs = [tf.TensorSpec(_for_one(name, spec), spec.dtype, name=name) for name, spec in given.items()]
+            chosen = by_name(inputs, given) if inputs else {}
+            specs = [
+                tf.TensorSpec(_for_one(name, spec, chosen.get(name)), spec.dtype, name=name)
+                for name, spec in given.items()
+            ]
             module = tf.Module()
             module.loaded = loaded
             module.serve = tf.function(
@@ -186,7 +197,7 @@ def saved_model_file(folder: Path) -> bytes:
             with tempfile.TemporaryDirectory() as fixed:
                 tf.saved_model.save(module, fixed, signatures={"serving_default": module.serve.get_concrete_function()})
                 content = ordered(_convert_folder(tf, fixed), list(given))
-        except (ConversionError, UnsupportedModelError):
+        except (ConfigError, ConversionError, UnsupportedModelError):
             raise
         except Exception as error:
             raise ConversionError(f"`{folder}` can't be converted to LiteRT: {reason(error)}") from error
@@ -194,17 +205,22 @@ def saved_model_file(folder: Path) -> bytes:
     return freed if _same_in_batches(content, freed) else content
 
 
-def _for_one(name: str, spec: Any) -> list[int]:
+def _for_one(name: str, spec: Any, chosen: tuple[Any, ...] | None) -> list[int]:
     """Return an input's shape for one sample, which makes shapes constant; open ones would be computed in the file.
 
     Raises:
+        ConfigError: If the chosen shape does not fit the signature's.
         UnsupportedModelError: If that shape is not known, or the input takes another number of samples.
     """
     shape = None if spec.shape.rank is None else spec.shape.as_list()
+    if chosen is not None:
+        require_fit(name, None if shape is None else tuple(shape), chosen, "the signature")
+        shape = list(chosen)
     if not shape or None in shape[1:]:
         given = "any shape" if shape is None else f"the shape {tuple(shape)}"
         raise UnsupportedModelError(
-            f"input `{name}` has {given} in the signature; fix every length there but the first, the number of samples"
+            f"input `{name}` has {given} in the signature; choose every length but the first, the number of samples: "
+            f"dw.load(folder, inputs={{{name!r}: (None, ...)}}) (--input {name}=?,...)"
         )
     if shape[0] not in (None, 1):
         raise UnsupportedModelError(

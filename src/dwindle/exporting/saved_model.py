@@ -49,6 +49,8 @@ FORMATS: dict[str, Any] = {
 # A weight of a layer that the table of layers does not know is a kernel from this size on, if it has two axes.
 SMALLEST_UNKNOWN = 1024
 _BATCH = 256
+# What a random sample has for a length that the model leaves open.
+_OPEN_LENGTH = 32
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -389,7 +391,8 @@ def _comparable(model: keras.Model, samples: Any, limit: int) -> list[np.ndarray
     tensors = input_tensors(model)
     dtypes = [keras.backend.standardize_dtype(tensor.dtype) for tensor in tensors]
     if samples is None:
-        arrays = [random_input(t.shape[1:], np.dtype(d), 64) for t, d in zip(tensors, dtypes, strict=True)]
+        shapes = [tuple(_OPEN_LENGTH if size is None else size for size in tensor.shape[1:]) for tensor in tensors]
+        arrays = [random_input(shape, np.dtype(d), 64) for shape, d in zip(shapes, dtypes, strict=True)]
     else:
         given = calibration_samples([tuple(t.shape[1:]) for t in tensors], samples, limit=limit)
         arrays = [np.asarray(array, dtype) for array, dtype in zip(given, dtypes, strict=True)]

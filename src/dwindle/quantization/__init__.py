@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from dwindle.quantization.calibration import calibrate
     from dwindle.quantization.schemes import IO_TYPES, SCHEMES, Scheme, resolve_scheme
-    from dwindle.quantization.training import calibration_samples, input_shapes, quantize, simulate
+    from dwindle.quantization.training import calibration_samples, input_shapes, quantize, simulate, with_lengths_in
     from dwindle.quantization.writing import write_quantized
 
 _NAMES = {
@@ -24,6 +24,7 @@ _NAMES = {
     "quantize": "dwindle.quantization.training",
     "resolve_scheme": "dwindle.quantization.schemes",
     "simulate": "dwindle.quantization.training",
+    "with_lengths_in": "dwindle.quantization.training",
     "write_quantized": "dwindle.quantization.writing",
 }
 
@@ -37,6 +38,7 @@ __all__ = [
     "quantize",
     "resolve_scheme",
     "simulate",
+    "with_lengths_in",
     "write_quantized",
 ]
 

@@ -15,6 +15,7 @@ from dwindle.errors import ConfigError, DataError, UnsupportedModelError, check_
 from dwindle.lifting.flatbuffer import read_graph
 from dwindle.lifting.lifted import LiftedModel, build_lifted
 from dwindle.lifting.shared_constants import unshared
+from dwindle.open_lengths import open_inputs, with_lengths_of
 from dwindle.quantization.assignment import assign, widened
 from dwindle.quantization.calibration import METHODS, Ranges, calibrate
 from dwindle.quantization.equalizing import equalize as equalized
@@ -63,7 +64,8 @@ def quantize(
     around them is quantized; no gradient passes them, and it can be exported as ``.onnx`` only.
 
     Args:
-        model: Any Keras model that converts; it is not changed. Masks and shared values are baked in first.
+        model: Any Keras model that converts; it is not changed. Masks and shared values are baked in first. Where its
+            inputs leave lengths open, those of ``data`` are taken.
         scheme: A scheme's name, a `Scheme`, or a mapping from layer or operator patterns to schemes; see
             `dwindle.quantization.resolve_scheme`.
         data: Calibration samples, a few hundred: array, list of arrays (one per input), `Data`, or anything that
@@ -111,6 +113,7 @@ def quantize(
     check_choice("rounding", rounding, ROUNDINGS)
     if budget is not None and max_drop is not None:
         raise ConfigError("`budget` and `max_drop` both choose the layers' bits; pass one of them")
+    model, fixed = with_lengths_in(data, model)
     parts = taken_apart(model) if islands_in(model) else None
     if parts is not None:
         _check_parts(parts, max_drop)
@@ -141,7 +144,7 @@ def quantize(
     twin = simulate(
         content, chosen, found, name=model.name, keep_zeros=keep_zeros, keep_values=keep_values,
         clusters=_clusters(model), training_ranges=ranges, weight_bounds=bounds,
-        notes=not_refined(read_graph(content), choices, rounding=rounding, clipping=clipping),
+        notes=[*fixed, *not_refined(read_graph(content), choices, rounding=rounding, clipping=clipping)],
     )  # fmt: skip
     return twin if parts is None else put_together(parts, twin)
 
@@ -266,6 +269,14 @@ def input_shapes(model: keras.Model, content: bytes) -> list[tuple[int | None, .
     """Return the shape of each input without the batch axis: the model's, else that of its float file."""
     tensors = getattr(model, "inputs", None) or read_graph(content).inputs
     return [tuple(tensor.shape[1:]) for tensor in tensors]
+
+
+def with_lengths_in(data: Any, model: keras.Model) -> tuple[keras.Model, list[str]]:
+    """Return a model whose inputs have the lengths of the user's data where it leaves them open, and notes on it."""
+    if data is None or not open_inputs(model):
+        return model, []
+    shapes = [tuple(tensor.shape[1:]) for tensor in model.inputs]
+    return with_lengths_of(model, calibration_samples(shapes, data, limit=1))
 
 
 def calibration_samples(

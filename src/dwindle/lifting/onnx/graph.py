@@ -377,22 +377,15 @@ def set_shapes(graph: Graph, shapes: Mapping[str, Sequence[Any]] | Sequence[Any]
         ConfigError: If a name or a shape does not fit.
     """
     from dwindle.errors import ConfigError
+    from dwindle.open_lengths import by_name
 
     if shapes is None:
         return
-    if not isinstance(shapes, Mapping):
-        if len(graph.inputs) != 1:
-            names = ", ".join(f"`{name}`" for name, _, _ in graph.inputs)
-            raise ConfigError(f"the model has the inputs {names}; pass inputs={{name: shape, ...}}")
-        shapes = {graph.inputs[0][0]: shapes}
-    unknown = set(shapes) - {name for name, _, _ in graph.inputs}
-    if unknown:
-        names = ", ".join(f"`{name}`" for name, _, _ in graph.inputs)
-        raise ConfigError(f"the model has no input `{min(unknown)}`; it has {names}")
+    chosen = by_name(shapes, [name for name, _, _ in graph.inputs])
     for place, (name, shape, dtype) in enumerate(graph.inputs):
-        if name not in shapes:
+        if name not in chosen:
             continue
-        given = tuple(shapes[name])
+        given = chosen[name]
         fits = len(given) == len(shape) and all(
             a is None or (isinstance(a, int) and a > 0 and (not isinstance(b, int) or a == b or k == 0))
             for k, (a, b) in enumerate(zip(given, shape, strict=True))
