@@ -154,6 +154,16 @@ def test_what_is_refused_of_tensorflow_and_litert(tmp_path, monkeypatch):
 
     save("other", (None, 3), lambda x: tf.nn.relu(x), key="predict")
     save("flex", (None, 3, 3), lambda x: tf.linalg.det(x))
+
+    def until(x):
+        every = tf.TensorArray(tf.float32, 4)
+        found = tf.while_loop(
+            lambda i, one, _: (tf.reduce_sum(one) < 9.0) & (i < 4),
+            lambda i, one, every: (i + 1, one + 1.0, every.write(i, one)), (0, x, every),
+        )  # fmt: skip
+        return tf.transpose(found[2].stack(), (1, 0, 2))
+
+    save("until", (None, 3), until)
     save("image", (None, None, None, 3), lambda x: tf.nn.relu(x), name="image")
     save("open", (None, None, None, 3), lambda x: tf.nn.relu(x))
     save("fixed", (4, 3), lambda x: tf.nn.relu(x))
@@ -163,6 +173,7 @@ def test_what_is_refused_of_tensorflow_and_litert(tmp_path, monkeypatch):
     page = "from-tensorflow.md"
     says(page, "no `serving_default`", "other")
     says(page, "an operator that LiteRT has not", "flex")
+    says(page, "a loop that ends as the data say, and writes a list", "until")
     says(page, "open lengths", "image")
     says(page, "a fixed number of samples above 1", "fixed")
     says(page, "float8 weights", "small8")

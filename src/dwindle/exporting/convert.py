@@ -166,6 +166,7 @@ def saved_model_file(folder: Path, inputs: Any = None) -> bytes:
         UnsupportedModelError: If it has float8 weights, or an input of several samples or of open lengths.
     """
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    why = ""
     with quiet():
         import tensorflow as tf
 
@@ -185,24 +186,35 @@ def saved_model_file(folder: Path, inputs: Any = None) -> bytes:
             signed = serving.structured_input_signature[1]
             given = {name: signed[name] for name in sorted(signed, key=counted)}
             chosen = by_name(inputs, given) if inputs else {}
-            specs = [
-                tf.TensorSpec(_for_one(name, spec, chosen.get(name)), spec.dtype, name=name)
+            specs = {
+                name: tf.TensorSpec(_for_one(name, spec, chosen.get(name)), spec.dtype, name=name)
                 for name, spec in given.items()
-            ]
+            }
             module = tf.Module()
             module.loaded = loaded
-            module.serve = tf.function(
-                lambda *values: serving(**dict(zip(given, values, strict=True))), input_signature=specs
-            )
+            module.serve, why = _for_fixed_shapes(tf, serving, specs)
             with tempfile.TemporaryDirectory() as fixed:
-                tf.saved_model.save(module, fixed, signatures={"serving_default": module.serve.get_concrete_function()})
+                tf.saved_model.save(module, fixed, signatures={"serving_default": module.serve})
                 content = ordered(_convert_folder(tf, fixed), list(given))
         except (ConfigError, ConversionError, UnsupportedModelError):
             raise
         except Exception as error:
-            raise ConversionError(f"`{folder}` can't be converted to LiteRT: {reason(error)}") from error
+            raise ConversionError(f"`{folder}` can't be converted to LiteRT: {reason(error)}{why}") from error
     freed = resizable(content)
     return freed if _same_in_batches(content, freed) else content
+
+
+def _for_fixed_shapes(tf: Any, serving: Any, specs: dict[str, Any]) -> tuple[Any, str]:
+    """Return a signature as a function of inputs of fixed shapes, its loops unrolled, and why they are not if not."""
+    from dwindle.exporting.unrolling import NotUnrolled, has_loops, traced, unrolled
+
+    why = ""
+    if has_loops(serving):
+        try:
+            return unrolled(tf, serving, specs, LONGEST_UNROLLED), why
+        except NotUnrolled as error:  # the converter may take its loops as they are
+            why = f"; {error}"
+    return traced(tf, specs, lambda given: serving(**given)), why
 
 
 def _for_one(name: str, spec: Any, chosen: tuple[Any, ...] | None) -> list[int]:
