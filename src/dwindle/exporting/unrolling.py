@@ -130,14 +130,8 @@ class _Replay:
     def _function(self, name: str) -> tuple[Sequence[Any], Sequence[Any]]:
         """Return the placeholders and the results of a function of the graph's library."""
         if name not in self._functions:
-            from tensorflow.python.framework.function_def_to_graph import function_def_to_graph
-
             definition = next(one for one in self._library.function if one.signature.name == name)
-            with self.tf.Graph().as_default():
-                # It looks for the functions that this one calls in the graph around it.
-                self.tf.graph_util.import_graph_def(self.tf.compat.v1.GraphDef(library=self._library), name="")
-                graph = function_def_to_graph(definition)
-            self._functions[name] = graph.inputs, graph.outputs
+            self._functions[name] = _imported(self.tf, definition, self._library)
         return self._functions[name]
 
     def _call(self, name: str, arguments: Sequence[Any]) -> list[Any]:
@@ -270,6 +264,38 @@ class _Replay:
             around = [[written[0], count - written[0] - 1], *([0, 0] for _ in first.shape)]
             return self.tf.pad(first[self.tf.newaxis], around)
         return self.tf.stack([self.tf.zeros_like(first) if one is None else one for one in elements.each])
+
+
+def _imported(tf: Any, definition: Any, library: Any) -> tuple[list[Any], list[Any]]:
+    """Return the placeholders and the results of a function, as tensors of a graph of its own.
+
+    A function names what its nodes read `node:result:place`, a graph `node:place`, counted over all results.
+    """
+    message = tf.compat.v1.GraphDef(library=library)
+    for argument in definition.signature.input_arg:
+        node = message.node.add(name=argument.name, op="Placeholder")
+        node.attr["dtype"].type = argument.type
+    with tf.Graph().as_default() as graph:
+        tf.graph_util.import_graph_def(tf.compat.v1.GraphDef(library=library), name="")
+        places = {argument.name: f"{argument.name}:0" for argument in definition.signature.input_arg}
+        for node in definition.node_def:
+            start = 0
+            for result in graph.op_def_for_type(node.op).output_arg:
+                count = 1
+                if result.number_attr or result.type_list_attr:
+                    given = node.attr[result.number_attr or result.type_list_attr]
+                    count = given.i if result.number_attr else len(given.list.type)
+                for place in range(count):
+                    places[f"{node.name}:{result.name}:{place}"] = f"{node.name}:{start + place}"
+                start += count
+        for node in definition.node_def:
+            added = message.node.add()
+            added.CopyFrom(node)
+            added.input[:] = [places.get(name, name) for name in node.input]  # what runs before is named by its node
+        tf.graph_util.import_graph_def(message, name="")
+        inputs = [graph.get_tensor_by_name(f"{argument.name}:0") for argument in definition.signature.input_arg]
+        results = [places[definition.ret[result.name]] for result in definition.signature.output_arg]
+        return inputs, [graph.get_tensor_by_name(name) for name in results]
 
 
 def _names_functions(attribute: Any) -> bool:
