@@ -10,6 +10,7 @@ import pytest
 
 import dwindle as dw
 from dwindle.exporting.convert import quiet
+from dwindle.exporting.unrolling import _imported
 from dwindle.lifting.flatbuffer import read_graph
 from dwindle.measuring.litert import LiteRTRunner
 
@@ -185,3 +186,19 @@ def test_such_a_loop_that_writes_a_list_is_refused(tmp_path):
         dw.ConversionError, match=r"TensorListReserve.*; `.*while.*` is a loop that ends as the data say"
     ):
         dw.load(folder)
+
+
+def test_a_function_becomes_a_graph_that_computes_the_same():
+    # Results of several tensors, and a node that is to be placed beside one which the function does not have.
+    function = tf.function(lambda x, y: (tf.split(x, 3)[1] * y, tf.unique_with_counts(x)[2]))
+    spec = tf.TensorSpec([6], tf.float32)
+    concrete = function.get_concrete_function(spec, tf.TensorSpec([], tf.float32))
+    definition = concrete.function_def
+    for node in definition.node_def:
+        node.attr["_class"].list.s.append(b"loc:@elsewhere")
+    inputs, results = _imported(tf, definition, concrete.graph.as_graph_def().library)
+    x, y = np.array([1, 1, 2, 5, 2, 2], np.float32), np.float32(3)
+    with tf.compat.v1.Session(graph=results[0].graph) as session:
+        part, counts = session.run(results, dict(zip(inputs, (x, y), strict=True)))
+    np.testing.assert_array_equal(part, [6, 15])
+    np.testing.assert_array_equal(counts, [2, 3, 1])

@@ -291,6 +291,7 @@ def _imported(tf: Any, definition: Any, library: Any) -> tuple[list[Any], list[A
         for node in definition.node_def:
             added = message.node.add()
             added.CopyFrom(node)
+            added.attr.pop("_class", None)  # it may name a node outside the function, to be placed beside
             added.input[:] = [places.get(name, name) for name in node.input]  # what runs before is named by its node
         tf.graph_util.import_graph_def(message, name="")
         inputs = [graph.get_tensor_by_name(f"{argument.name}:0") for argument in definition.signature.input_arg]
