@@ -96,7 +96,7 @@ bench-smallest-files: $(READY)
 bench-smallest-network: $(READY)
 	$(BIN)/python benchmarks/smallest_network.py --data $(MNIST)
 
-.PHONY: bench-search bench-search-residual bench-search-workers
+.PHONY: bench-search bench-search-residual bench-search-usual bench-search-infeasible bench-search-workers bench-by-hand
 
 # 20 and 40 minutes on two cores, and about 10.
 bench-search: $(READY)
@@ -104,6 +104,16 @@ bench-search: $(READY)
 
 bench-search-residual: $(READY)
 	$(BIN)/python benchmarks/search.py residual --data $(FASHION)
+
+bench-search-usual: $(READY)
+	$(BIN)/python benchmarks/search.py usual --data $(MNIST)
+
+bench-search-infeasible: $(READY)
+	$(BIN)/python benchmarks/search.py infeasible --data $(MNIST)
+
+# What one would try by hand on the residual network; FOUND is the file of bench-search-residual.
+bench-by-hand: $(READY)
+	$(BIN)/python benchmarks/by_hand.py --data $(FASHION) $(if $(TFMOT),--tfmot $(TFMOT)) $(if $(FOUND),--found $(FOUND))
 
 bench-search-workers: $(READY)
 	$(BIN)/python benchmarks/search.py workers --data $(MNIST)
