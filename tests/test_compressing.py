@@ -88,6 +88,7 @@ def test_plans_round_trip_through_yaml(tmp_path):
         ("steps: [{export: {scheme: {'*': [int8]}}}]", r"scheme \['int8'\]; known are"),
         ("steps: [{train: {shift: a}}, {export: {}}]", "`shift` 'a'; it must be a number, such as 0.0"),
         ("steps: [{train: {epochs: 1.5}}, {export: {}}]", "`epochs` 1.5; it must be a whole number, such as 1"),
+        ("steps: [{train: {epochs: .inf}}, {export: {}}]", "`epochs` inf; it must be a whole number, such as 1"),
         ("steps: [{export: {compact: 1}}]", "`compact` 1; it must be true or false"),
     ],
 )

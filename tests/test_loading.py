@@ -197,6 +197,21 @@ def test_an_h5_keeps_the_arguments_of_layers_of_ones_own(tmp_path):
     assert (found.groups, found.time_major) == (1, False)
 
 
+def test_an_h5_of_keras_2_with_a_layer_made_from_one_of_keras(tmp_path):
+    class Own(keras.layers.LSTM):
+        pass
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        keras.Sequential([keras.Input((4, 3)), Own(2)]).save(tmp_path / "model.h5")
+    with h5py.File(tmp_path / "model.h5", "r+") as file:
+        config = file.attrs["model_config"]
+        assert '"units": 2' in config
+        file.attrs["model_config"] = config.replace('"units": 2', '"time_major": false, "units": 2')
+    with keras.utils.custom_object_scope({"Own": Own}):
+        assert isinstance(dw.load(tmp_path / "model.h5").layers[0], Own)
+
+
 @pytest.mark.parametrize("name", keras_file._DROPPED)
 def test_what_is_dropped_from_an_h5_is_what_keras_does_not_take(name):
     kind = getattr(keras.layers, name)

@@ -11,6 +11,7 @@ import pytest
 import dwindle as dw
 from dwindle.cli import main
 from dwindle.compressing.plans import Plan
+from dwindle.compressing.run import begun_search
 from dwindle.measuring.litert import LiteRTRunner
 
 L = keras.layers
@@ -71,6 +72,38 @@ def test_a_model_is_loaded_with_the_lengths_that_were_asked_for(name, tmp_path):
         np.testing.assert_array_equal(weight, old)
 
 
+@pytest.mark.parametrize("kind", ["functional", "sequential"])
+def test_inputs_without_a_name_have_open_lengths_too(kind, tmp_path):
+    x = drawn((20, 28, 3))
+    layers = [L.Conv2D(4, 3), L.GlobalMaxPooling2D(), L.Dense(2)]
+    if kind == "sequential":
+        model = keras.Sequential([keras.Input((None, None, 3)), *layers])
+    else:
+        y = inputs = keras.Input((None, None, 3))
+        for layer in layers:
+            y = layer(y)
+        model = keras.Model(inputs, y)
+    assert dw.load(model, inputs=(None, 20, 28, 3)).input_shape == (None, 20, 28, 3)
+    found = dw.export(model, tmp_path / "model.tflite", "int8", x)
+    assert "has the lengths (20, 28, 3) of `data`" in " ".join(found.notes)
+    expected = keras.ops.convert_to_numpy(layers[2](layers[1](layers[0](x))))
+    assert np.abs(of_file(tmp_path / "model.tflite", x) - expected).max() < 0.05 * np.abs(expected).max()
+
+
+def test_a_search_trains_with_the_loss_of_a_model_with_open_lengths(tmp_path):
+    model = images()
+    model.compile("adam", keras.losses.Huber(0.5))
+    x = drawn((20, 28, 3))
+    data = {"x_train": x, "y_train": drawn((5,)), "x_val": x, "y_val": drawn((5,))}
+    search, _ = begun_search(
+        model, data=data, goals=dw.Goals(max_drop=0.5), out=tmp_path / "out", target="litert",
+        metric="mean_absolute_error", epochs=1, seed=0, threads=1,
+    )  # fmt: skip
+    search.store.close()
+    assert isinstance(search.case.bench.loss, keras.losses.Huber)
+    assert search.case.bench.original.input_shape == (None, 20, 28, 3)
+
+
 def test_some_lengths_may_stay_open_and_inputs_are_chosen_by_name():
     one, other = keras.Input((None, None, 3), name="one"), keras.Input((None, 2), name="other")
     model = keras.Model({"one": one, "other": other}, [L.GlobalMaxPooling2D()(one), L.GlobalMaxPooling1D()(other)])
@@ -94,6 +127,7 @@ def test_a_pruned_model_stays_pruned():
     ("inputs", "message"),
     [
         ((None, 20, 20, 1), r"has the shape \(None, None, None, 3\) in the model; \(None, 20, 20, 1\) does not fit it"),
+        (224, "the shape of input `image` is 224; it must be a tuple"),
         ((20, 20, 3), r"\(20, 20, 3\) does not fit it: only lengths that are None there, but for the first"),
         ((1, 20, 20, 3), r"\(1, 20, 20, 3\) does not fit it"),
         ((None, 0, 20, 3), r"\(None, 0, 20, 3\) does not fit it"),

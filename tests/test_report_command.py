@@ -218,7 +218,9 @@ def test_a_report_that_is_broken_for_now_is_no_crash(asked, unfinished):
 
 def test_the_command_serves_until_it_is_interrupted_without_importing_keras(finished):
     code = (
-        "import sys; from dwindle.cli import main; status = main(sys.argv[1:]); "
+        # What runs in the background of a shell ignores interrupts, and so does what it starts.
+        "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler); "
+        "from dwindle.cli import main; status = main(sys.argv[1:]); "
         "assert not {'keras', 'tensorflow'} & set(sys.modules); sys.exit(status)"
     )
     command = [sys.executable, "-c", code, "report", "--serve", str(finished), "--port", "0"]

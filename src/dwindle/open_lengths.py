@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
+from numbers import Integral
 from typing import Any
 
 import keras
@@ -31,6 +32,11 @@ def by_name(given: Mapping[str, Sequence[Any]] | Sequence[Any], names: Collectio
         given = {next(iter(names)): given}
     if unknown := set(given) - set(names):
         raise ConfigError(f"the model has no input `{min(unknown)}`; it has {listed}")
+    for name, shape in given.items():
+        if not isinstance(shape, Sequence) or isinstance(shape, str):
+            raise ConfigError(
+                f"the shape of input `{name}` is {shape!r}; it must be a tuple, such as (None, 224, 224, 3)"
+            )
     return {name: tuple(shape) for name, shape in given.items()}
 
 
@@ -50,7 +56,7 @@ def require_fit(name: str, own: Shape | None, given: tuple[Any, ...], where: str
         own = (None,) * len(given)
     open_first = bool(given) and given[0] == own[0] if own else not given
     if not (open_first and len(given) == len(own)) or not all(
-        have == length or (have is None and type(length) is int and length > 0)
+        have == length or (have is None and isinstance(length, Integral) and int(length) > 0)
         for have, length in zip(own[1:], given[1:], strict=True)
     ):
         raise ConfigError(
@@ -92,22 +98,35 @@ def with_lengths(model: keras.Model, inputs: Mapping[str, Sequence[Any]] | Seque
     if all(own[name] == shape for name, shape in wanted.items()):
         return model
     config = functional_config(model)
+    shapes = {layer: wanted[name] for name, layer in _input_layers(model).items() if name in wanted}
     layers = []
     for entry in config["layers"]:
-        name = entry["config"]["name"]
-        if name in wanted:
-            entry = {**entry, "config": {**entry["config"], "batch_shape": wanted[name]}}
+        if (name := entry["config"]["name"]) in shapes:
+            entry = {**entry, "config": {**entry["config"], "batch_shape": shapes[name]}}
         layers.append(entry)
     try:
         with rebuilding(model):
             new = keras.Model.from_config({**config, "layers": layers})
     except (TypeError, ValueError) as error:
+        if any(isinstance(layer, keras.layers.Lambda) for layer in model._flatten_layers()):
+            raise UnsupportedModelError(
+                f"`{model.name}` has a Lambda layer, and can't be built anew for other lengths; write a layer class in "
+                "its place, or make the model with inputs of fixed lengths"
+            ) from None
         said = " ".join(str(error).split())[:300]
         raise ConfigError(f"`{model.name}` does not take inputs of the shape {_in_words(wanted)}: {said}") from None
     copy_by_path(model, new)
     if notes := getattr(model, "notes", ()):
         new.notes = notes
     return new
+
+
+def _input_layers(model: keras.Model) -> dict[str, str]:
+    """Return the layer that makes each input, by the input's name, which is another where none was given."""
+    graph = model if any(isinstance(one, keras.layers.InputLayer) for one in model.layers) else None
+    layers = (graph or keras.Model(model.inputs, model.outputs)).layers
+    made = {id(layer.output): layer.name for layer in layers if isinstance(layer, keras.layers.InputLayer)}
+    return {tensor.name: made.get(id(tensor), tensor.name) for tensor in model.inputs}
 
 
 def with_lengths_of(model: keras.Model, samples: Sequence[Any]) -> tuple[keras.Model, list[str]]:
@@ -132,11 +151,12 @@ def with_lengths_of(model: keras.Model, samples: Sequence[Any]) -> tuple[keras.M
     return with_lengths(model, chosen), notes
 
 
-def refuse_open_lengths(shapes: Mapping[str, Sequence[int | None]]) -> None:
+def refuse_open_lengths(shapes: Mapping[str, Sequence[int | None]], *, graph: bool) -> None:
     """Refuse inputs of open lengths, which no LiteRT file has.
 
     Args:
         shapes: Shape of each input of a model by its name.
+        graph: Whether the model is a graph, which can be built anew.
 
     Raises:
         UnsupportedModelError: If one is open besides the number of samples.
@@ -145,6 +165,11 @@ def refuse_open_lengths(shapes: Mapping[str, Sequence[int | None]]) -> None:
         if None in tuple(shape)[1:]:
             usual = 224 if len(shape) == 4 else 128
             example = (shape[0], *(usual if length is None else length for length in shape[1:]))
+            if not graph:
+                raise UnsupportedModelError(
+                    f"input `{name}` has open lengths, {tuple(shape)}, and a .tflite needs all but the first; wrap the "
+                    f"model: keras.Model(x, model(x)) with x = keras.Input({example[1:]})"
+                )
             written = ",".join("?" if length is None else str(length) for length in example)
             raise UnsupportedModelError(
                 f"input `{name}` has open lengths, {tuple(shape)}, and a .tflite needs all but the first; choose them "

@@ -49,6 +49,7 @@ def test_shifts_are_for_images_that_have_a_class():
 
     assert shifts(network(16, 20, 3), split(16, 20, 3))
     assert shifts(network(16, 20, 3), split(16, 20, 3, y=np.eye(3)[[0, 1, 2, 2]]))
+    assert shifts(network(16, 20, 3), split(16, 20, 3, y=np.full((4, 3), 1 / 3)))
     assert not shifts(network(16, 20, 3), split(16, 20, 3, y=np.full((4, 3), 0.7)))  # places of something
     assert not shifts(network(16, 20, 3), None)
     assert not shifts(network(8, 20, 3), split(8, 20, 3))

@@ -10,7 +10,7 @@ import pytest
 
 import dwindle as dw
 from dwindle.exporting.convert import quiet
-from dwindle.exporting.unrolling import _imported
+from dwindle.exporting.unrolling import NotUnrolled, _imported, unrolled
 from dwindle.lifting.flatbuffer import read_graph
 from dwindle.measuring.litert import LiteRTRunner
 
@@ -109,6 +109,7 @@ class Loops(tf.Module):
         super().__init__()
         self.given = tf.Variable(drawn(3, 4) / 2)
         self.back = tf.Variable(drawn(4, 4) / 2)
+        self.count = tf.Variable(0.0)
 
     def step(self, x, state):
         return tf.tanh(x @ self.given + state @ self.back)
@@ -125,6 +126,17 @@ class Loops(tf.Module):
         every = tf.TensorArray(tf.float32, steps)
         found = tf.while_loop(lambda i, *_: i < steps, step, (0, self.start(x), every))[2]
         return tf.transpose(found.stack(), (1, 0, 2))
+
+    def grown(self, x):
+        every = tf.TensorArray(tf.float32, 0, dynamic_size=True)
+        found = tf.while_loop(
+            lambda i, _: i < 6, lambda i, every: (i + 1, every.write(i, x[:, i] @ self.given)), (0, every)
+        )
+        return tf.transpose(found[1].stack(), (1, 0, 2))
+
+    def counted(self, x):
+        self.count.assign_add(1.0)
+        return self.plain(x) + self.count
 
     def plain(self, x):
         return tf.while_loop(
@@ -162,7 +174,7 @@ def saved(folder, name):
     return folder
 
 
-@pytest.mark.parametrize("name", ["written", "plain", "scanned", "mapped"])
+@pytest.mark.parametrize("name", ["written", "grown", "plain", "scanned", "mapped"])
 def test_loops_of_other_people(name, tmp_path):
     folder = saved(tmp_path / "saved", name)
     model = dw.load(folder)
@@ -178,6 +190,22 @@ def test_a_loop_that_ends_as_the_data_say_stays_one(tmp_path):
     assert "(WHILE)" in model.notes[0]
     for x in drawn(4, 1, 6, 3):
         np.testing.assert_allclose(model.predict(x, verbose=0), served(folder, x), rtol=1e-4, atol=1e-5)
+
+
+def test_a_loop_beside_a_state_is_left_alone(tmp_path):
+    loaded = tf.saved_model.load(str(saved(tmp_path / "saved", "counted")))
+    with pytest.raises(NotUnrolled, match=r"beside a state that it keeps \(AssignAddVariableOp\)"):
+        unrolled(tf, loaded.signatures["serving_default"], {"x": tf.TensorSpec((1, 6, 3))}, 256)
+    assert loaded.count.numpy() == 0
+
+
+def test_loops_of_too_many_operations_stay(tmp_path, monkeypatch):
+    monkeypatch.setattr("dwindle.exporting.unrolling._MOST_OPERATIONS", 60)
+    folder = saved(tmp_path / "saved", "plain")
+    model = dw.load(folder)
+    assert "(WHILE)" in model.notes[0]
+    with pytest.raises(dw.ConversionError, match="; its loops, written out, are more than 60 operations"):
+        dw.load(saved(tmp_path / "other", "written"))
 
 
 def test_such_a_loop_that_writes_a_list_is_refused(tmp_path):

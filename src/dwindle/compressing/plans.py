@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -150,16 +151,14 @@ def _checked(value: Any, default: Any, what: str) -> Any:
         if isinstance(default, bool) and not isinstance(value, bool):
             raise ConfigError(f"{what} {value!r}; it must be true or false")
         return value
-    number = value
-    if isinstance(value, str):  # YAML takes 1e-3, without a point, for a word
-        try:
-            number = float(value)
-        except ValueError:
-            number = None
     whole = isinstance(default, int)
-    if isinstance(number, bool) or not isinstance(number, int | float) or (whole and number != int(number)):
+    try:
+        number = float(value)  # YAML takes 1e-3, without a point, for a word
+    except (TypeError, ValueError):
+        number = math.nan
+    if isinstance(value, bool) or not math.isfinite(number) or (whole and number != int(number)):
         raise ConfigError(f"{what} {value!r}; it must be a {'whole ' if whole else ''}number, such as {default}")
-    return int(number) if whole else number
+    return int(number) if whole else number if isinstance(value, str) else value
 
 
 def _short(value: Any) -> str:

@@ -165,13 +165,14 @@ def begun_search(
         tell(Event(kind="note", text=f"{model.name} is a subclassed model: it is lifted, the same computation"))
         model = lift(model)
     fitted, held_back = _data_for(model, train, validation, test, data, seed)
+    loss = training_loss(model, None if fitted.train is None else fitted.train.y)  # a model that is built anew has none
     model, notes = with_lengths_of(model, (fitted.train or fitted.evaluation()).x)
     for note in notes:
         tell(Event(kind="note", text=note))
     marks = {"seed": seed, "epochs": epochs, "model": fingerprint(model), "data": fitted.sha256, "target": device.name}
     store = Store(out, marks, resume=resume, force=force)
     try:
-        case = _case(model, fitted, metric, device, threads, goals, seed, store, tell)
+        case = _case(model, loss, fitted, metric, device, threads, goals, seed, store, tell)
     except BaseException:
         store.close()
         raise
@@ -191,11 +192,10 @@ def _telling(say: Callable[[str], None] | None, watch: Tell | None) -> Tell:
 
 
 def _case(
-    model: keras.Model, data: Data, metric: Any, target: Target, threads: int, goals: Goals, seed: int, store: Store,
-    tell: Tell,
+    model: keras.Model, loss: Any, data: Data, metric: Any, target: Target, threads: int, goals: Goals, seed: int,
+    store: Store, tell: Tell,
 ) -> Case:  # fmt: skip
     teaches = len(model.outputs) == 1 and len(model.outputs[0].shape) == 2 and int(model.outputs[0].shape[1] or 0) > 1
-    loss = training_loss(model, None if data.train is None else data.train.y)
     bench = Workbench(
         original=model, train=data.train, loss=loss, distills=teaches, seed=seed, tell=tell, folder=store.teacher,
         stages=Stages(store.stages),

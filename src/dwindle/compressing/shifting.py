@@ -23,9 +23,10 @@ def shifts(model: keras.Model, split: Split | None) -> bool:
 
 
 def _classes(y: np.ndarray, units: int) -> bool:
-    """Whether labels are numbers of classes, or say of each class whether it is there; else they may be places."""
+    """Whether labels are numbers of classes, or say of each class whether or how surely it is there, not places."""
     numbers = units > 1 and (y.ndim == 1 or y.shape[1:] == (1,))
-    return numbers or bool(np.isin(y, (0, 1)).all())
+    shares = y.ndim == 2 and y.shape[1] > 1 and bool((y >= 0).all() and np.allclose(y.sum(axis=1), 1))
+    return numbers or shares or bool(np.isin(y, (0, 1)).all())
 
 
 class Shifted(keras.utils.PyDataset):

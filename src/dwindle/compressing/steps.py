@@ -157,7 +157,7 @@ def _train(model: keras.Model, options: Mapping[str, Any], bench: Workbench) -> 
     if moves and not shifts(bench.original, split):
         raise ConfigError(
             f"a plan has `shift: {options['shift']}`, which is for models that take one image of at least {SMALLEST} x "
-            f"{SMALLEST} and name its class; leave it out"
+            f"{SMALLEST} and name its class, and for labels that are classes; leave it out"
         )
     if bench.distills:
         teacher: Any = bench.original

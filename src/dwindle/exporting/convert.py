@@ -41,7 +41,7 @@ def float_file(model: keras.Model) -> bytes:
         return content
     if not model.built:
         raise ConfigError(f"`model` ({model.name}) is not built: call it once on data, or model.build(input_shape)")
-    refuse_open_lengths({tensor.name: tensor.shape for tensor in input_tensors(model)})
+    refuse_open_lengths({tensor.name: tensor.shape for tensor in input_tensors(model)}, graph=is_graph(model))
     from dwindle.attaching import attached, full_precision, strip
 
     plain = full_precision(strip(model) if attached(model) else model)
@@ -214,6 +214,8 @@ def _for_fixed_shapes(tf: Any, serving: Any, specs: dict[str, Any]) -> tuple[Any
             return unrolled(tf, serving, specs, LONGEST_UNROLLED), why
         except NotUnrolled as error:  # the converter may take its loops as they are
             why = f"; {error}"
+        except Exception as error:  # TensorFlow reports in many ways
+            why = f"; its loops can't be written out ({reason(error)})"
     return traced(tf, specs, lambda given: serving(**given)), why
 
 
@@ -230,9 +232,11 @@ def _for_one(name: str, spec: Any, chosen: tuple[Any, ...] | None) -> list[int]:
         shape = list(chosen)
     if not shape or None in shape[1:]:
         given = "any shape" if shape is None else f"the shape {tuple(shape)}"
+        first = shape[0] if shape else None
+        written = "?" if first is None else first
         raise UnsupportedModelError(
             f"input `{name}` has {given} in the signature; choose every length but the first, the number of samples: "
-            f"dw.load(folder, inputs={{{name!r}: (None, ...)}}) (--input {name}=?,...)"
+            f"dw.load(folder, inputs={{{name!r}: ({first}, ...)}}) (--input {name}={written},...)"
         )
     if shape[0] not in (None, 1):
         raise UnsupportedModelError(

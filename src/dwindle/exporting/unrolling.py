@@ -20,6 +20,9 @@ _LOOPS = {"While", "StatelessWhile"}
 _BRANCHES = {"If", "StatelessIf"}
 _PASSED = {"Identity", "StopGradient", "PreventGradient", "Snapshot"}
 _FILLED = {"ZerosLike": 0, "OnesLike": 1}
+_WRITES = ("Assign", "ResourceScatter", "ResourceApply")
+# The most operations that loops are written out into.
+_MOST_OPERATIONS = 100_000
 # The most entries of what is computed while the graph is traced: numbers of steps, indices, shapes.
 _LARGEST_KNOWN = 4096
 
@@ -38,9 +41,13 @@ class _Elements:
 
 def has_loops(serving: Any) -> bool:
     """Whether a concrete function has loops, or calls functions that have."""
+    return any(node.op in _LOOPS for node in _nodes(serving))
+
+
+def _nodes(serving: Any) -> list[Any]:
+    """Return the nodes of a concrete function and of those that it calls."""
     definition = serving.graph.as_graph_def()
-    nodes = [*definition.node, *(node for function in definition.library.function for node in function.node_def)]
-    return any(node.op in _LOOPS for node in nodes)
+    return [*definition.node, *(node for function in definition.library.function for node in function.node_def)]
 
 
 def traced(tf: Any, specs: Mapping[str, Any], compute: Callable[[dict[str, Any]], Any]) -> Any:
@@ -66,6 +73,9 @@ def unrolled(tf: Any, serving: Any, specs: Mapping[str, Any], longest: int) -> A
         NotUnrolled: If a loop ends as the data say, or has something in it that is not known.
     """
     from dwindle.exporting.convert import random_input
+
+    if writing := sorted({node.op for node in _nodes(serving) if node.op.startswith(_WRITES)}):
+        raise NotUnrolled(f"it has loops beside a state that it keeps ({', '.join(writing)})")
 
     def compute(given: dict[str, Any]) -> dict[str, Any]:
         names = sorted(given)  # as TensorFlow flattens a dict
@@ -95,6 +105,7 @@ class _Replay:
     def __init__(self, tf: Any, graph: Any, longest: int) -> None:
         self.tf = tf
         self.longest = longest
+        self._done = 0
         self._library = graph.as_graph_def().library
         self._functions: dict[str, tuple[Sequence[Any], Sequence[Any]]] = {}
 
@@ -139,6 +150,9 @@ class _Replay:
 
     def _compute(self, operation: Any, inputs: list[Any]) -> list[Any]:
         kind = operation.type
+        self._done += 1
+        if self._done > _MOST_OPERATIONS:
+            raise NotUnrolled(f"its loops, written out, are more than {_MOST_OPERATIONS:,} operations")
         if kind in _PASSED:
             return inputs
         if kind in _CALLS:
@@ -369,9 +383,10 @@ def _get_item(replay: _Replay, operation: Any, elements: _Elements, index: Any, 
 
 
 def _set_item(replay: _Replay, operation: Any, elements: _Elements, index: Any, item: Any) -> _Elements:
-    del operation
     if isinstance(index, np.ndarray) and elements.stacked is None:
         each = list(elements.each)
+        if int(index) >= len(each) and operation.get_attr("resize_if_index_out_of_bounds"):
+            each += [None] * (int(index) + 1 - len(each))
         each[int(index)] = item
         return _Elements(each=tuple(each))
     tf, before = replay.tf, replay.stacked(elements)

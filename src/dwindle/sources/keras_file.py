@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import re
 import shutil
@@ -156,9 +157,20 @@ def _modern(config: Any) -> Any:
     given = found.get("config")
     if isinstance(given, dict):
         kind = str(found.get("class_name"))
+        dropped = _dropped(kind)
         found["config"] = {
             key: value
             for key, value in given.items()
-            if (key, value) != _DROPPED.get(kind) and key not in _UNUSED.get(kind, ())
+            if (key, value) not in dropped and key not in _UNUSED.get(kind, ())
         }
     return found
+
+
+def _dropped(kind: str) -> list[tuple[str, Any]]:
+    """Return the arguments that a class has no longer; one of the user's own may take what its base does not."""
+    import keras
+
+    found = keras.saving.get_registered_object(kind)
+    names = [kind] if found is None else [base.__name__ for base in found.__mro__]
+    own = () if found is None else inspect.signature(found.__init__).parameters
+    return [pair for name in names if (pair := _DROPPED.get(name)) is not None and pair[0] not in own]

@@ -295,6 +295,9 @@ def test_rounding_that_turns_into_another_result():
     message = network(nodes, {"last": np.array([1]), "three": np.array(3)}, {"x": ("N", 256)}, outputs)
     note = dw.load(message).notes[0]
     assert note.startswith("agrees with ONNX Runtime before and behind what stays as in the file: ")
+    # So it is where one tensor is all that is compared before and behind.
+    message = network(nodes[:6], {"last": np.array([1])}, {"x": ("N", 256)}, {"y": (INT64, ("M",))})
+    assert dw.load(message).notes[0] == note
 
 
 def test_without_onnx_runtime(request):
