@@ -98,7 +98,7 @@ bench-smallest-network: $(READY)
 
 .PHONY: bench-search bench-search-residual bench-search-usual bench-search-infeasible bench-search-workers bench-by-hand
 
-# 20 and 40 minutes on two cores, and about 10.
+# 20 and 40 minutes on two cores; usual and infeasible goals take 5 each, one and two workers 10.
 bench-search: $(READY)
 	$(BIN)/python benchmarks/search.py lenet --data $(MNIST)
 

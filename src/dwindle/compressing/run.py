@@ -35,6 +35,9 @@ from dwindle.targets import Target, read_target
 from dwindle.units import parse_duration
 from dwindle.weights import is_graph
 
+# Share of the time budget that is left for judging the chosen file and for the report.
+CONCLUDING = 0.05
+
 
 def compress(
     model: keras.Model,
@@ -89,7 +92,7 @@ def compress(
         threads: Threads of the latency measurement.
         plan: Run this plan alone instead of the search.
         budget: Time for the search: seconds, ``"20m"`` or ``"1h"``. No trial begins that would not end in it, as far as
-            is known; what runs then is finished.
+            is known, 5% of it being left for the report; what runs then is finished.
         trials: How many trials there are at most, besides the original.
         workers: How many trials run at a time, each in a process with its share of the cores. A script that uses them
             calls this under ``if __name__ == "__main__":``, since the processes import it.
@@ -120,7 +123,7 @@ def compress(
         seed=seed, threads=threads, resume=resume, force=force, say=say, watch=watch,
     )  # fmt: skip
     search.most, search.plan = trials, plan
-    search.deadline = None if seconds is None else begun + seconds
+    search.deadline = None if seconds is None else begun + (1 - CONCLUDING) * seconds
     try:
         interrupted = _run(search, workers, engine)
         facts = {"source": source or model.name, "command": command or _call(search.goals, out, seed), "seed": seed,
