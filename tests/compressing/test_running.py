@@ -17,6 +17,7 @@ from dwindle.compressing.steps import Workbench, run_steps
 from dwindle.compressing.store import Store, read_trials
 from dwindle.compressing.trying import Case, pair
 from dwindle.data import Split, read_data, set_aside
+from dwindle.measuring.latency import Latency
 
 PLAN = (
     ("shrink", {"width": 0.5, "start": "teacher"}), ("prune", {"sparsity": 0.5}), ("train", {"epochs": 2}),
@@ -263,3 +264,13 @@ def test_the_error_of_a_paired_loss_by_hand():
     assert (found.only_before, found.only_after, found.drop) == (8, 3, pytest.approx(0.05))
     assert found.error == pytest.approx(np.sqrt(8.5 + 3.5 - 25 / 102) / 102)
     assert found.upper == pytest.approx(5 / 102 + 1.6448536269514722 * found.error)
+
+
+@pytest.mark.parametrize("took", [1e-6, 1e6])
+def test_the_chosen_file_has_its_twin_whichever_was_faster(took, task, tmp_path, monkeypatch):
+    # The plan's file is the original's own, and only times, which vary, tell the two trials apart.
+    times = Latency(p50_ms=took, p90_ms=took, mean_ms=took, min_ms=took, runs=1, threads=1)
+    monkeypatch.setattr("dwindle.compressing.search.compare_latency", lambda files, **_: [times] * len(files))
+    plan = dw.Plan(name="as it is", steps=(("export", {"scheme": "float32"}),))
+    result = quick(task, tmp_path / "out", plan=plan)
+    assert result.file.with_name("model.keras").exists()

@@ -183,7 +183,8 @@ class Search:
                 self._time([records[number] for number in rest])
                 for number in rest:
                     self._settle(records[number], again=number in again)
-        kept = set(self._kept())
+        best = self.best()
+        kept = {*self._kept(), *([] if best is None else [str(best["id"])])}
         # Of a run that is resumed, later trials are not known here yet: theirs stay.
         self.store.forget_twins(str(trial["id"]) for trial in self.trials if str(trial["id"]) not in kept)
         return [records[number] for number in range(first, first + len(plans))]
