@@ -11,22 +11,16 @@ import sys
 os.environ["TF_USE_LEGACY_KERAS"] = "1"
 os.environ["TF_CPP_MIN_LOG_LEVEL"] = "3"
 
-import numpy as np
-import tensorflow as tf
 import tensorflow_model_optimization as tfmot
 import tf_keras as keras
 from tensorflow_model_optimization.python.core.clustering.keras.experimental import cluster
+from tfmot_qat import convolution, read, write
 
 layers = keras.layers
 
 
 def resnet8():
     """Return the network of `search.py`."""
-
-    def convolution(x, filters, strides=1, size=3):
-        x = layers.Conv2D(filters, size, strides=strides, padding="same", use_bias=False)(x)
-        return layers.BatchNormalization(momentum=0.9)(x)
-
     inputs = keras.Input((28, 28, 1))
     x = layers.ReLU()(convolution(inputs, 16))
     for filters, strides in ((16, 1), (32, 2), (64, 2)):
@@ -41,10 +35,7 @@ def main():
     """Train and convert."""
     folder, epochs, batch = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
     model = resnet8()
-    with np.load(os.path.join(folder, "weights.npz")) as arrays:
-        model.set_weights([arrays[f"arr_{i}"] for i in range(len(arrays.files))])
-    with np.load(os.path.join(folder, "data.npz")) as arrays:
-        x, y = arrays["x"], arrays["y"]
+    x, y = read(model, folder)
 
     def fit(model, share, rate, callbacks=()):
         rounds = max(1, round(share * epochs))
@@ -65,10 +56,7 @@ def main():
     scheme = tfmot.experimental.combine.Default8BitClusterPreserveQuantizeScheme(preserve_sparsity=True)
     aware = tfmot.quantization.keras.quantize_apply(annotated, scheme)
     fit(aware, 0.5, 5e-4)
-    converter = tf.lite.TFLiteConverter.from_keras_model(aware)
-    converter.optimizations = [tf.lite.Optimize.DEFAULT]
-    with open(os.path.join(folder, "tfmot.tflite"), "wb") as file:
-        file.write(converter.convert())
+    write(aware, folder)
 
 
 if __name__ == "__main__":

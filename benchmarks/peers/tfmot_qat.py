@@ -28,13 +28,14 @@ def lenet():
     )  # fmt: skip
 
 
+def convolution(x, filters, strides=1, size=3):
+    """Return a convolution and its normalization, as both residual networks have them."""
+    x = layers.Conv2D(filters, size, strides=strides, padding="same", use_bias=False)(x)
+    return layers.BatchNormalization(momentum=0.9)(x)
+
+
 def resnet():
     """Return the benchmark's residual network."""
-
-    def convolution(x, filters, strides=1, size=3):
-        x = layers.Conv2D(filters, size, strides=strides, padding="same", use_bias=False)(x)
-        return layers.BatchNormalization(momentum=0.9)(x)
-
     inputs = keras.Input((28, 28, 1))
     x = layers.ReLU()(convolution(inputs, 8, 2))
     for filters, strides in ((16, 2), (32, 2)):
@@ -48,15 +49,25 @@ def main():
     """Train and convert."""
     name, folder, epochs, batch = sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.argv[4])
     model = {"lenet": lenet, "resnet": resnet}[name]()
-    with np.load(os.path.join(folder, "weights.npz")) as arrays:
-        model.set_weights([arrays[f"arr_{i}"] for i in range(len(arrays.files))])
-    with np.load(os.path.join(folder, "data.npz")) as arrays:
-        x, y = arrays["x"], arrays["y"]
+    x, y = read(model, folder)
     aware = tfmot.quantization.keras.quantize_model(model)
     rate = keras.optimizers.schedules.CosineDecay(5e-4, epochs * len(x) // batch)
     aware.compile(keras.optimizers.Adam(rate), "sparse_categorical_crossentropy")
     aware.fit(x, y, batch_size=batch, epochs=epochs, verbose=0)
-    converter = tf.lite.TFLiteConverter.from_keras_model(aware)
+    write(aware, folder)
+
+
+def read(model, folder):
+    """Give a model the weights of the folder; return the folder's samples and labels."""
+    with np.load(os.path.join(folder, "weights.npz")) as arrays:
+        model.set_weights([arrays[f"arr_{i}"] for i in range(len(arrays.files))])
+    with np.load(os.path.join(folder, "data.npz")) as arrays:
+        return arrays["x"], arrays["y"]
+
+
+def write(model, folder):
+    """Convert a model into the folder."""
+    converter = tf.lite.TFLiteConverter.from_keras_model(model)
     converter.optimizations = [tf.lite.Optimize.DEFAULT]
     with open(os.path.join(folder, "tfmot.tflite"), "wb") as file:
         file.write(converter.convert())

@@ -102,7 +102,7 @@ def quantize(
         Jacob et al. 2018, arXiv 1712.05877; Esser et al. 2020 (learned step size), arXiv 1902.08153.
     """
     from dwindle.exporting.convert import float_file
-    from dwindle.exporting.onnx.islands import islands_in, put_together, taken_apart
+    from dwindle.exporting.onnx.islands import put_together
 
     chosen = for_layers(resolve_scheme(scheme), layers)
     check_choice("ranges", ranges, RANGES)
@@ -114,13 +114,8 @@ def quantize(
     if budget is not None and max_drop is not None:
         raise ConfigError("`budget` and `max_drop` both choose the layers' bits; pass one of them")
     model, fixed = with_lengths_in(data, model)
-    parts = taken_apart(model) if islands_in(model) else None
-    if parts is not None:
-        _check_parts(parts, max_drop)
-        if data is not None:
-            shapes = [tuple(tensor.shape[1:]) for tensor in model.inputs]
-            data = parts.samples(calibration_samples(shapes, data))
-        model = parts.body
+    parts, data = _parts(model, data, max_drop)
+    model = model if parts is None else parts.body
     content = unshared(float_file(model))
     assign(read_graph(content), chosen)  # a layer that does not exist is said before any work
     looks = {"rounding": rounding != "nearest", "correct_bias": correct_bias, "budget": budget, "max_drop": max_drop}
@@ -149,8 +144,13 @@ def quantize(
     return twin if parts is None else put_together(parts, twin)
 
 
-def _check_parts(parts: Any, max_drop: Any) -> None:
-    """Refuse what a model with nodes of an ONNX file can't have."""
+def _parts(model: keras.Model, data: Any, max_drop: Any) -> tuple[Any, Any]:
+    """Return a model's nodes of an ONNX file apart from the rest, None where it has none, and samples for the rest."""
+    from dwindle.exporting.onnx.islands import islands_in, taken_apart
+
+    if not islands_in(model):
+        return None, data
+    parts = taken_apart(model)
     names = ", ".join(f"`{island.name}`" for island in parts.islands)
     if max_drop is not None:
         raise ConfigError(
@@ -161,6 +161,9 @@ def _check_parts(parts: Any, max_drop: Any) -> None:
             f"`{parts.model.name}` takes one sample at a time, since {names} of its ONNX file do, and can't be trained "
             "on batches; pass dw.export the scheme"
         )
+    if data is not None:
+        data = parts.samples(calibration_samples([tuple(tensor.shape[1:]) for tensor in model.inputs], data))
+    return parts, data
 
 
 def _looked_at(
