@@ -22,8 +22,13 @@ from dwindle.quantization.fake_quantization import quantized_range
 from dwindle.quantization.mixing import classes_of
 from dwindle.quantization.schemes import SCHEMES, Scheme
 from dwindle.quantization.writing import (
-    SYMMETRIC, counterparts, makers_in, read_grids, stored_constant, write_quantized,
-)  # fmt: skip
+    SYMMETRIC,
+    counterparts,
+    makers_in,
+    read_grids,
+    stored_constant,
+    write_quantized,
+)
 
 # Operators that only hand values on; there is nothing to blame them for.
 _PASSING = {"RESHAPE", "SQUEEZE", "EXPAND_DIMS", "TRANSPOSE", "STRIDED_SLICE", "SLICE", "SPLIT", "PACK", "UNPACK",
