@@ -14,6 +14,7 @@ import keras
 
 from dwindle.attaching import attach, attached, effective_weights
 from dwindle.errors import ConfigError
+from dwindle.feeding import fed
 from dwindle.files import write_text
 from dwindle.loading import load
 from dwindle.pruning.single_weights import prune_weights
@@ -143,7 +144,8 @@ def prune_until(
         begun = time.perf_counter()
         tried = prune_weights(best, sparsity, **pruning)
         tried.compile(**settled())
-        tried.fit(*fit_arguments(model, train), **{"verbose": 0, **fit})
+        named = dict(zip(("x", "y", "sample_weight"), fit_arguments(model, train), strict=False))
+        tried.fit(**fed(**{"verbose": 0, **named, **fit}))
         value = measured(tried, samples, metric)
         met = requirement.met(value, required)
         rounds.append(Round(sparsity=sparsity, value=value, met=met, seconds=time.perf_counter() - begun))

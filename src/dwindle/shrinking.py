@@ -204,7 +204,7 @@ def _edited(model: keras.Model, width: float, multiple: int) -> tuple[dict[str, 
             elif (key := _WIDTHS.get(entry.get("class_name", ""))) and f"{prefix}{inner['name']}" not in pinned:
                 groups = int(inner.get("groups", 1) or 1)
                 step = multiple * groups if groups > 1 else multiple
-                size = max(step, round(inner[key] * width / step) * step)
+                size = min(inner[key], max(step, round(inner[key] * width / step) * step))
                 changed.append(size != inner[key])
                 entry = {**entry, "config": {**inner, key: size}}
             layers.append(entry)

@@ -13,13 +13,14 @@ from dwindle.quantization.schemes import SCHEMES
 
 # Each step and the options that it takes, with their defaults. `dwindle.compressing.steps` does them.
 STEP_OPTIONS: dict[str, dict[str, Any]] = {
-    "shrink": {"width": 0.5, "depth": 1.0, "start": "random"},
+    "shrink": {"width": 0.5, "depth": 1.0, "start": "random", "multiple": 1},
     "prune": {
         "sparsity": 0.8,
         "structure": "element",
         "scope": "layer",
         "criterion": "magnitude",
         "target": "channels",
+        "multiple": 1,
     },
     "factorize": {"energy": 0.9},
     "cluster": {"clusters": 16, "init": "kmeans", "per_channel": False},
@@ -27,6 +28,9 @@ STEP_OPTIONS: dict[str, dict[str, Any]] = {
     "train": {"epochs": 1, "learning_rate": 1e-3, "temperature": 4.0, "alpha": 0.5, "shift": 0.0},
     "export": {"scheme": "int8", "compact": False},
 }
+
+# What goes without saying where a plan is told in words.
+_UNSAID = {"compact": False, "shift": 0.0, "multiple": 1}
 
 
 def schemes_in(scheme: Any) -> list[Any]:
@@ -88,7 +92,7 @@ class Plan:
     def words(self) -> list[str]:
         """Return each step in words; what is off is left out."""
         told = [
-            [f"{name}={_short(value)}" for name, value in options.items() if value or name not in ("compact", "shift")]
+            [f"{name}={_short(value)}" for name, value in options.items() if value != _UNSAID.get(name)]
             for _, options in self.steps
         ]
         return [" ".join([step, *options]) for (step, _), options in zip(self.steps, told, strict=True)]

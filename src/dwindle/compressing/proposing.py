@@ -36,6 +36,8 @@ PACKED_SPARSITY = 0.7
 MANY_DENSE = 0.3
 # A longer training may do better than expected: it is tried if this share of the expected loss would do.
 OPTIMISM = 0.8
+# Share of the time of the fastest file so far below which another one is a faster one.
+FASTER = 0.9
 
 
 @dataclass(kw_only=True)
@@ -155,12 +157,13 @@ class Proposer:
         return found or [scheme for scheme in self._schemes or () if scheme != "float32"][:1] or ["int8"]
 
     def _worth_tuning(self) -> bool:
-        """Whether quantization alone cost accuracy, and a file of that size could meet the goals."""
+        """Whether quantization alone cost too much accuracy, and a file of that size could meet the goals."""
         first = next((r for r in self._others if r["status"] == "done" and _scheme(r) == "int8"), None)
         if first is None:
             return False
         loss = self._goals.loss(self._baseline, first, self._higher)
-        return loss is not None and loss > 0 and self._rest_met(first)
+        enough = self._key(first)[0] == 0 and self._goals.minimized != "drop"
+        return loss is not None and loss > 0 and not enough and self._rest_met(first)
 
     def _rest_met(self, record: Record, tolerance: float = 0.0) -> bool:
         """Whether a record meets the goals but that on the metric; times, which vary, within a share of the limit."""
@@ -259,15 +262,27 @@ class Proposer:
         return min(keys)
 
     def _promoted(self) -> list[Candidate]:
-        """Return the candidates that are trained longer: the best by expectation, and a safer one."""
+        """Return the candidates that are trained longer: the best by expectation, a safer one, and a faster one.
+
+        The faster one only where nobody said what is to be small: of files that meet the goals, people ask next for
+        the fastest.
+        """
         best = self._standing()
         able = [c for c in self._candidates if c.alive and len(c.records) < LENGTHS]
         hopeful = [c for c in able if _better(self._expected(c, OPTIMISM), best)]
-        if not hopeful:
-            return []
-        first = min(hopeful, key=self._expected)
-        rest = [c for c in hopeful if c is not first]
-        return [first, *sorted(rest, key=lambda c: (self._loss(c.last), self._expected(c)))[:1]]
+        found = sorted(hopeful, key=self._expected)[:1]
+        rest = [c for c in hopeful if c not in found]
+        found += sorted(rest, key=lambda c: (self._loss(c.last), self._expected(c)))[:1]
+        if self._goals.minimize is None and self._goals.limits_drop:
+            found += [c for c in self._faster(able) if c not in found]
+        return found
+
+    def _faster(self, able: Sequence[Candidate]) -> list[Candidate]:
+        """Return the candidate that is expected to be the fastest file that meets the goals, if it is a better one."""
+        done = [r for r in (*self._others, *(r for c in self._candidates for r in c.records)) if r["status"] == "done"]
+        fastest = min((_milliseconds(r) for r in done if self._key(r)[0] == 0), default=math.inf)
+        quick = [c for c in able if _milliseconds(c.last) < FASTER * fastest and self._expected(c, OPTIMISM)[0] == 0]
+        return sorted(quick, key=lambda c: _milliseconds(c.last))[:1]
 
     def _new(self, study: _Study) -> list[Candidate]:
         """Return new candidates: those that losses so far point to, and what the optimizer asks for."""
@@ -452,6 +467,10 @@ def _dense_share(model: keras.Model) -> float:
 
 def _scheme(record: Record) -> str:
     return str(record["plan"]["steps"][-1]["export"]["scheme"])
+
+
+def _milliseconds(record: Record) -> float:
+    return float(record["latency_ms"]["p50"])
 
 
 def _better(one: tuple[float, float], other: tuple[float, float]) -> bool:

@@ -9,11 +9,14 @@ from dwindle.compressing.plans import Plan
 
 # Learning rates: new weights learn fast, those of the original are only repaired.
 RATES = {"random": 2e-3, "teacher": 1e-3}
+# Kernels run so many channels at a time: a layer with 17 takes as long as one with 20. Where time counts, layers keep a
+# multiple of this; it took ResNet8 with a quarter of its multiplications from 20.2 to 15.6 us, in fewer bytes.
+TOGETHER = 4
 # Ways to choose channels: in words, and the options of the step.
 ALLOTMENTS: dict[str, tuple[str, dict[str, Any]]] = {
     "evenly": ("its own channels", {}),
     "by-bytes": ("cut where bytes are", {"scope": "balanced", "target": "parameters"}),
-    "by-work": ("cut where time goes", {"scope": "balanced", "target": "macs"}),
+    "by-work": ("cut where time goes", {"scope": "balanced", "target": "macs", "multiple": TOGETHER}),
     "globally": ("its best channels", {"scope": "global", "target": "parameters"}),
 }
 TUNING_RATE = 2e-4
@@ -88,7 +91,8 @@ class Recipe:
         _, allotment = ALLOTMENTS[self.allotted]
         width = 1.0 if allotment else self.width
         if width < 1 or self.depth < 1:
-            steps.append(("shrink", {"width": width, "depth": self.depth, "start": self.start}))
+            shape = {"width": width, "depth": self.depth, "start": self.start}
+            steps.append(("shrink", shape | ({"multiple": TOGETHER} if self.start == "random" else {})))
         if allotment and self.width < 1:
             share = round(1 - self.width**2, 4)
             steps.append(("prune", {"sparsity": share, "structure": "channel", "criterion": "taylor", **allotment}))

@@ -22,6 +22,7 @@ from dwindle.distillation import distill, ends_in, record
 from dwindle.errors import ConfigError
 from dwindle.exporting import pack_inputs
 from dwindle.factorization import factorize
+from dwindle.feeding import fed
 from dwindle.interruption import Interruption, StopTraining
 from dwindle.pruning import PolynomialDecay, prune
 from dwindle.quantization import quantize
@@ -95,7 +96,8 @@ def _seed(steps: Sequence[tuple[str, Mapping[str, Any]]], seed: int) -> int:
 
 def _shrink(model: keras.Model, options: Mapping[str, Any], bench: Workbench) -> keras.Model:
     return shrink(
-        model, width=options["width"], depth=options["depth"], start=options["start"], seed=bench.seed
+        model, width=options["width"], depth=options["depth"], start=options["start"], multiple=options["multiple"],
+        seed=bench.seed,
     )  # fmt: skip
 
 
@@ -124,7 +126,8 @@ def _prune(
         data = _labelled(bench) if options["criterion"] in GRADIENT_CRITERIA else None
         return prune(
             model, options["sparsity"], structure=structure, scope=options["scope"], criterion=options["criterion"],
-            target=options["target"], data=data, loss=None if data is None else bench.loss,
+            target=options["target"], multiple=options["multiple"], data=data,
+            loss=None if data is None else bench.loss,
         )  # fmt: skip
     schedule = None
     if training is not None:
@@ -169,6 +172,8 @@ def _train(model: keras.Model, options: Mapping[str, Any], bench: Workbench) -> 
     at_once = STEPS_AT_ONCE if keras.backend.backend() == "tensorflow" else 1  # PyTorch has no such loop
     learner.compile(keras.optimizers.Adam(rate), loss=bench.loss, steps_per_execution=at_once)
     given: dict[str, Any] = {"x": x, "y": split.y, "batch_size": BATCH_SIZE}
+    if not bench.distills:  # else the coach sees to it
+        given = fed(**given)
     if moves:
         moved = Shifted(split.x[0], np.asarray(split.y), options["shift"], BATCH_SIZE, int(np.random.randint(2**31)))
         given = {"x": moved, "shuffle": False}

@@ -16,6 +16,7 @@ from dwindle.distillation.outputs import logits, loss_of_each, task_of_loss
 from dwindle.distillation.recording import Recording
 from dwindle.distillation.teachers import Teacher, teacher_from_dict
 from dwindle.errors import ConfigError, DataError
+from dwindle.feeding import fed
 
 _INPUTS, _TOLD = "dwindle_inputs", "dwindle_told"
 
@@ -335,9 +336,8 @@ class Coach(keras.Model):
         x = self._prepared(x)
         if callbacks is None or isinstance(callbacks, list | tuple):
             callbacks = [*(callbacks or []), _Watch()]
-        return super().fit(
-            x, y, batch_size=batch_size, epochs=epochs, verbose=verbose, callbacks=callbacks, **kwargs
-        )  # fmt: skip
+        given = fed(x=x, y=y, batch_size=batch_size, epochs=epochs, verbose=verbose, callbacks=callbacks, **kwargs)
+        return super().fit(**given)
 
     def _prepared(self, x: Any) -> Any:
         """Return the samples, with what teachers say of them that are recordings, files or functions."""
