@@ -43,6 +43,8 @@ class OnnxRunner:
         source: Path or bytes of an ``.onnx``.
         threads: Threads of one run.
         limit_s: Seconds after which `run` is stopped; None for no limit. What a file repeats has no end by itself.
+        checked: Whether the file has been read before, and found to be sound.
+        brief: Whether it runs once or twice only: weights are not copied into an order that is faster.
 
     Attributes:
         inputs: The file's inputs, in its order; -1 stands for a length that is open.
@@ -56,19 +58,31 @@ class OnnxRunner:
         MissingDependencyError: If `onnxruntime` is not installed.
     """
 
-    def __init__(self, source: str | Path | bytes, *, threads: int = 1, limit_s: float | None = None) -> None:
+    def __init__(
+        self,
+        source: str | Path | bytes,
+        *,
+        threads: int = 1,
+        limit_s: float | None = None,
+        checked: bool = False,
+        brief: bool = False,
+    ) -> None:
         runtime = self._runtime = require_onnxruntime()
         if not isinstance(source, bytes):
             path = Path(source)
             if not path.is_file():
                 raise DataError(f"`{path}` can't be read: there is no such file; pass an .onnx file")
-            from dwindle.lifting.onnx.graph import read_graph
+            if not checked:
+                from dwindle.lifting.onnx.graph import read_graph
 
-            read_graph(path)  # says what is wrong with a damaged file, and keeps external data in its folder
+                read_graph(path)  # says what is wrong with a damaged file, and keeps external data in its folder
             source = str(path)
         settings = runtime.SessionOptions()
         settings.intra_op_num_threads, settings.inter_op_num_threads = threads, 1
         settings.log_severity_level = 4
+        if brief:
+            settings.add_session_config_entry("session.disable_prepacking", "1")
+            settings.graph_optimization_level = runtime.GraphOptimizationLevel.ORT_ENABLE_BASIC
         try:
             self._session = runtime.InferenceSession(source, settings, providers=["CPUExecutionProvider"])
         except Exception as error:

@@ -101,6 +101,11 @@ class Builder(Arranger):
         self.walk(self.nodes)
         return keys, [self._output(name) for name in self.graph.outputs]
 
+    def forget_constants(self) -> None:
+        """Let go of what the layers have taken over; nothing can be built after it."""
+        self.graph.constants.clear()
+        self.values = {name: value for name, value in self.values.items() if isinstance(value, Moving | tuple)}
+
     def walk(self, nodes: Sequence[Node]) -> None:
         """Compute every node whose result somebody reads."""
         waiting = list(nodes)[::-1]

@@ -59,7 +59,7 @@ class Graph:
         shapes: Shapes of results as far as the file tells, 1 for open lengths.
         opsets: Version of each operator set, "" for the standard one.
         ir_version: Version of the file format.
-        message: The `onnx.ModelProto`, its functions inlined.
+        message: The `onnx.ModelProto`, its functions inlined; of a file, without the bytes of the constants.
     """
 
     name: str
@@ -117,6 +117,9 @@ def read_graph(source: Any) -> Graph:
         for inner in graphs_of(message):
             _check_inside(inner)
     constants = _constants(graph, folder)
+    if folder is not None:  # it is nobody else's
+        model = _without_bytes(model)
+        graph = model.graph
     inputs = [
         (value.name, *_described(value)) for value in graph.input if value.name not in constants
     ]  # fmt: skip
@@ -143,6 +146,17 @@ def _parsed(path: Path) -> Any:
     except Exception:
         raise UnsupportedModelError(f"`{path}` is no ONNX file, or a damaged one; export it again") from None
     return model
+
+
+def _without_bytes(model: Any) -> Any:
+    """Return a message without the bytes of its constants, which were copied; the memory of the one given is free."""
+    for tensor in model.graph.initializer:
+        for kind, _ in tensor.ListFields():
+            if kind.name.endswith("_data"):
+                tensor.ClearField(kind.name)
+    bare = type(model)()
+    bare.ParseFromString(model.SerializeToString())
+    return bare
 
 
 def external_files(path: Path) -> list[Path]:

@@ -51,6 +51,7 @@ def lift_onnx(
     if not graph.inputs:
         raise UnsupportedModelError("the graph has no inputs: there is nothing to run it on")
     builder, model = _opened(graph, layout, name)
+    builder.forget_constants()  # the layers have them, and comparing takes memory of its own
     model.notes = (check(builder, model, source), *model.notes)
     return model
 

@@ -40,47 +40,55 @@ def check(builder: Builder, model: keras.Model, source: Any) -> str:
         VerificationError: If an output is further than 1e-3 of the largest output away; it names the first node where
             the two part.
     """
+    for island in builder.islands:
+        if drawing := drawing_in(island.layer):
+            return f"not compared: {drawing} in `{island.layer.name}` draws random numbers"
     try:
-        from dwindle.measuring.onnx_runtime import OnnxRunner
-
-        content = source if isinstance(source, str | Path) else source.SerializeToString()
-        runner = OnnxRunner(content, limit_s=LONGEST_S)
+        inputs, expected = _expected(builder, source)
     except MissingDependencyError:
         return "not compared with ONNX Runtime, which is not installed (pip install 'dwindle[onnx]')"
     except (DwindleError, ValueError) as error:
         return f"not compared: {error}"
-    for island in builder.islands:
-        if drawing := drawing_in(island.layer):
-            return f"not compared: {drawing} in `{island.layer.name}` draws random numbers"
-    problem = ""
+    fed = [_turned(builder, name, x) for (name, _, _), x in zip(builder.graph.inputs, inputs, strict=True)]
+    found = _predicted(model, fed)
+    found = [np.moveaxis(y, -1, 1) if turned else y for y, turned in zip(found, builder.turned, strict=True)]
+    shapes = [(y.shape, z.shape) for y, z in zip(found, expected, strict=True) if y.shape != z.shape]
+    result = None if shapes else compare(expected, found, BOUND, reference="ONNX Runtime")
+    said = "agrees with ONNX Runtime"
+    if builder.islands and (result is None or not result.passed):
+        said += " before and behind what stays as in the file"
+        result = _in_parts(builder, source, inputs, fed) or result
+    if result is None:
+        raise VerificationError(f"an output has the shape {shapes[0][0]}; ONNX Runtime gives {shapes[0][1]}")
+    if not result.passed:
+        where = first_difference(builder, source, inputs)
+        raise VerificationError(
+            f"the model does not predict what ONNX Runtime predicts: the largest difference is "
+            f"{result.max_abs_error:.3g} (bound: {result.bound}); they part at {where}"
+        )
+    return f"{said}: largest difference {result.max_abs_error:.2g} (bound: {result.bound})"
+
+
+def _expected(builder: Builder, source: Any) -> tuple[list[np.ndarray], Sequence[np.ndarray]]:
+    """Return random inputs, and what ONNX Runtime makes of them; its copies of the weights are gone then.
+
+    Raises:
+        UnsupportedModelError: If it can't run the file, with any lengths that are tried.
+    """
+    from dwindle.measuring.onnx_runtime import OnnxRunner
+
+    content = source if isinstance(source, str | Path) else source.SerializeToString()
+    runner = OnnxRunner(content, limit_s=LONGEST_S, checked=True, brief=True)
+    problem = UnsupportedModelError("no lengths are tried")
     for length, below in _TRIED:
         inputs = _inputs(builder, [spec.shape for spec in runner.inputs], length, below)
         try:
-            expected = runner.run(*inputs)
+            return inputs, runner.run(*inputs)
         except UnsupportedModelError as error:
-            problem = str(error)
+            problem = error
             if runner.stopped:
                 break
-            continue
-        fed = [_turned(builder, name, x) for (name, _, _), x in zip(builder.graph.inputs, inputs, strict=True)]
-        found = _predicted(model, fed)
-        found = [np.moveaxis(y, -1, 1) if turned else y for y, turned in zip(found, builder.turned, strict=True)]
-        shapes = [(y.shape, z.shape) for y, z in zip(found, expected, strict=True) if y.shape != z.shape]
-        result = None if shapes else compare(expected, found, BOUND, reference="ONNX Runtime")
-        said = "agrees with ONNX Runtime"
-        if builder.islands and (result is None or not result.passed):
-            said += " before and behind what stays as in the file"
-            result = _in_parts(builder, source, inputs, fed) or result
-        if result is None:
-            raise VerificationError(f"an output has the shape {shapes[0][0]}; ONNX Runtime gives {shapes[0][1]}")
-        if not result.passed:
-            where = first_difference(builder, source, inputs)
-            raise VerificationError(
-                f"the model does not predict what ONNX Runtime predicts: the largest difference is "
-                f"{result.max_abs_error:.3g} (bound: {result.bound}); they part at {where}"
-            )
-        return f"{said}: largest difference {result.max_abs_error:.2g} (bound: {result.bound})"
-    return f"not compared: {problem}"
+    raise problem
 
 
 def _inputs(builder: Builder, shapes: Sequence[Sequence[int]], length: int, below: int) -> list[np.ndarray]:
@@ -118,7 +126,7 @@ def _in_parts(builder: Builder, source: Any, inputs: list[np.ndarray], fed: list
     """
     given = list(dict.fromkeys(name for island in builder.islands for name in island.outputs))
     wanted = dict.fromkeys(name for island in builder.islands for name in island.inputs)
-    wanted |= dict.fromkeys(name for name in builder.graph.outputs if isinstance(builder.values[name], Moving))
+    wanted |= dict.fromkeys(name for name in builder.graph.outputs if isinstance(builder.values.get(name), Moving))
     own = [name for name, _, _ in builder.graph.inputs]
     names = [name for name in wanted if name not in {*given, *own}]
     there = _inside(source, [*names, *given], inputs)
