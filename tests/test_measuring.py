@@ -211,3 +211,21 @@ def test_every_truncation_is_found(files):
         except dw.UnsupportedModelError:
             refused += 1
     assert refused == len(cuts)
+
+
+def test_fewer_of_large_samples_run_together(tmp_path):
+    from dwindle.measuring.litert import samples_at_once
+
+    assert samples_at_once([np.zeros((9, 28, 28, 1))], 256) == 256
+    assert samples_at_once([np.zeros((9, 224, 224, 3))], 256) == 6
+    assert samples_at_once([np.zeros((9, 512, 512, 3)), np.zeros((9, 512, 512, 3))], 256) == 1
+    assert samples_at_once([np.zeros((9,))], 64) == 64
+    image = keras.Input((400, 400, 3))
+    model = keras.Model(image, keras.layers.Flatten()(keras.layers.AveragePooling2D(100)(image)))
+    path = dw.export(model, tmp_path / "m.tflite").path
+    x = np.random.default_rng(0).random((5, 400, 400, 3), dtype=np.float32)
+    runner, told = LiteRTRunner(path), []
+    run = runner.run
+    runner.run = lambda *given: told.append(len(given[0])) or run(*given)
+    np.testing.assert_allclose(runner.predict([x])[0], model.predict(x, verbose=0), rtol=1e-4)
+    assert told == [2, 2, 1]

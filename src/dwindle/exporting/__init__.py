@@ -455,10 +455,12 @@ def check(content: bytes, model: Any, inputs: list[np.ndarray], bound: Bound, re
 
 
 def predict(model: Any, inputs: list[np.ndarray], *, batch_size: int = 256) -> list[np.ndarray]:
-    """Return a Keras model's outputs as a flat list of arrays."""
+    """Return a Keras model's outputs as a flat list of arrays; at most ``batch_size`` samples run together."""
+    from dwindle.measuring.litert import samples_at_once
+
     fed = pack_inputs(model, inputs)
     with _no_retracing_advice():
-        return list(keras.tree.flatten(model.predict(fed, batch_size=batch_size, verbose=0)))
+        return list(keras.tree.flatten(model.predict(fed, batch_size=samples_at_once(inputs, batch_size), verbose=0)))
 
 
 @contextmanager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import sys
 import tempfile
@@ -14,6 +15,9 @@ from typing import Any
 import numpy as np
 
 from dwindle.errors import DataError, UnsupportedModelError
+
+# Entries of the samples that run together: 64 images of 128 x 128, or 6 of 224 x 224 with three channels.
+_ENTRIES_AT_ONCE = 2**20
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -153,16 +157,27 @@ class LiteRTRunner:
 
         Args:
             x: One array per input, shape ``(n, ...)``.
-            batch_size: Samples a run, where the file takes several.
+            batch_size: Samples a run, where the file takes several; fewer of large ones.
         """
         count = len(x[0])
-        size = batch_size if self.takes_batches else 1
+        size = samples_at_once(x, batch_size) if self.takes_batches else 1
         parts = [self.run(*(array[i : i + size] for array in x)) for i in range(0, count, size)]
         return [np.concatenate([part[number] for part in parts]) for number in range(len(self.outputs))]
 
     def invoke(self) -> None:
         """Run once on whatever the inputs hold."""
         self._interpreter.invoke()
+
+
+def samples_at_once(x: Sequence[np.ndarray], most: int) -> int:
+    """Return how many samples to run together: at most ``most``, and fewer of large ones, whose activations are large.
+
+    Args:
+        x: One array per input, shape ``(n, ...)``.
+        most: The limit for small samples.
+    """
+    entries = sum(math.prod(array.shape[1:]) for array in x)
+    return max(1, min(most, _ENTRIES_AT_ONCE // max(1, entries)))
 
 
 def _spec(details: Any, name: str) -> TensorSpec:

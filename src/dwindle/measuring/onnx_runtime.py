@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from dwindle.errors import DataError, MissingDependencyError, UnsupportedModelError
-from dwindle.measuring.litert import TensorSpec
+from dwindle.measuring.litert import TensorSpec, samples_at_once
 
 _TYPES = {
     "float": "float32", "float16": "float16", "double": "float64", "bool": "bool", **{
@@ -135,9 +135,9 @@ class OnnxRunner:
 
         Args:
             x: One array per input, shape ``(n, ...)``.
-            batch_size: Samples a run, where the file takes several.
+            batch_size: Samples a run, where the file takes several; fewer of large ones.
         """
-        size = batch_size if self.takes_batches else 1
+        size = samples_at_once(x, batch_size) if self.takes_batches else 1
         parts = [self.run(*(array[i : i + size] for array in x)) for i in range(0, len(x[0]), size)]
         return [np.concatenate([part[number] for part in parts]) for number in range(len(self.outputs))]
 

@@ -357,3 +357,20 @@ def test_shapes_on_the_command_line(tmp_path, capsys):
     capsys.readouterr()
     assert main(["convert", str(tmp_path / "a.onnx"), out, "--force", "--input", "x=1,3,eight,9"]) == 2
     assert "`--input` is 'x=1,3,eight,9'; it must be NAME=LENGTH,LENGTH,..." in capsys.readouterr().err
+
+
+def test_a_message_stays_as_it_was_and_a_file_is_kept_without_its_constants(tmp_path):
+    from dwindle.lifting.onnx.graph import read_graph
+
+    message = convolutional()
+    before = message.SerializeToString(deterministic=True)
+    model = lift_onnx(message)
+    assert message.SerializeToString(deterministic=True) == before
+    save_model(message, tmp_path / "net.onnx")
+    graph = read_graph(tmp_path / "net.onnx")
+    assert all(not tensor.raw_data for tensor in graph.message.graph.initializer)
+    assert [node.proto.name for node in graph.nodes] == [node.name for node in message.graph.node]
+    np.testing.assert_array_equal(graph.constants["w2"], read_graph(message).constants["w2"])
+    x = floats(3, 3, 16, 16)
+    again = dw.load(tmp_path / "net.onnx")
+    np.testing.assert_array_equal(model.predict(x, verbose=0), again.predict(x, verbose=0))
