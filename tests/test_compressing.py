@@ -63,6 +63,22 @@ def test_judging_by_hand():
     assert goals.judge(before, after, higher_is_better=False)[0].met
 
 
+def test_a_slower_file_counts_as_larger_where_nobody_said_what_is_to_be_small():
+    before = {"size_bytes": 1000, "latency_ms": {"p50": 1.0, "p90": 2.0}, "accuracy": 0.9}
+
+    def cost(size, p50, p90, **goals):
+        file = {"size_bytes": size, "latency_ms": {"p50": p50, "p90": p90}, "accuracy": 0.9}
+        return dw.Goals(max_drop=0.1, **goals).cost(before, file, True)
+
+    assert cost(100, 0.5, 0.5) == 100
+    assert cost(100, 1.05, 1.0) == 100  # within chance
+    assert cost(100, 3.0, 0.5) == 300
+    assert cost(100, 3.0, 0.5, latency="p90") == 100
+    assert cost(100, 3.0, 3.0, minimize="size") == 100
+    file = {"size_bytes": 100, "latency_ms": {"p50": 3.0, "p90": 3.0}, "baseline_p50_ms": 1.5}
+    assert dw.Goals(max_drop=0.1).cost(before, file, True) == 200  # against the original in the same minute
+
+
 def test_plans_round_trip_through_yaml(tmp_path):
     plan = Plan(name="p", steps=(("shrink", {"width": 0.3}), ("train", {"epochs": 4}), ("export", {"scheme": "int8"})))
     (tmp_path / "plan.yaml").write_text(plan.to_yaml())

@@ -16,6 +16,8 @@ LATENCIES = ("p50", "p90")
 _SURE = 2.3263478740408408
 # Bytes up to which names and metadata count: of a file that is asked for, and of an original that is to get small.
 SMALL_FILE, SMALL_MODEL = 100_000, 2_000_000
+# Times of the original from which on a file is a slower one; up to there it may be chance.
+SLOWER = 1.1
 # What can be made small among the files that meet the goals.
 COSTS = ("size", "packed", "latency", "ram", "drop")
 
@@ -54,7 +56,8 @@ class Goals:
         max_ram: Largest RAM while it runs: bytes or ``"64KB"``.
         latency: Which latency is meant: ``"p50"``, the median, or ``"p90"``.
         minimize: What is to be small among the files that meet all this: ``"size"``, ``"packed"``, ``"latency"``,
-            ``"ram"`` or ``"drop"``. None: the size; the drop where no limit is set to it.
+            ``"ram"`` or ``"drop"``. None: the size, a file that is slower than the original counting as larger by as
+            much; the drop where no limit is set to it.
 
     Raises:
         ConfigError: For a value that can't be met by any file, or when nothing is asked for.
@@ -159,14 +162,23 @@ class Goals:
         return 0.0 if allowed is None or loss_error is None else min(_SURE * loss_error, 0.75 * allowed)
 
     def cost(self, baseline: Mapping[str, Any], trial: Mapping[str, Any], higher_is_better: bool) -> float:
-        """Return what is to be small of a trial's measured figures: bytes, milliseconds, or points."""
+        """Return what is to be small of a trial's measured figures: bytes, milliseconds, or points.
+
+        Where the user did not say what, a file that is slower than the original counts as larger by as much: some
+        schemes save a few bytes and take several times as long.
+        """
         kind = self.minimized
         if kind == "drop":
             loss = self.loss(baseline, trial, higher_is_better)
             return float(trial["size_bytes"]) if loss is None else loss
         if kind == "latency":
             return float(trial["latency_ms"][self.latency])
-        return float(trial[{"size": "size_bytes", "packed": "packed_bytes", "ram": "ram_bytes"}[kind]])
+        slower = 1.0
+        if self.minimize is None:
+            own = {"p50": trial.get("baseline_p50_ms"), "p90": trial.get("baseline_p90_ms")}[self.latency]
+            times = trial["latency_ms"][self.latency] / (own or baseline["latency_ms"][self.latency])
+            slower = times if times > SLOWER else 1.0
+        return slower * float(trial[{"size": "size_bytes", "packed": "packed_bytes", "ram": "ram_bytes"}[kind]])
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain data; `from_dict` makes an equal object."""
