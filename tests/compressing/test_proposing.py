@@ -260,3 +260,28 @@ def test_training_at_full_size_is_left_out_where_quantization_alone_meets_the_go
     assert not tuned(dw.Goals(max_drop=0.001))
     assert tuned(dw.Goals(max_drop=0.0001))
     assert tuned(dw.Goals(max_drop=0.001, minimize="drop"))
+
+
+def test_widths_that_are_the_same_network_are_tried_once():
+    """Layers keep multiples of some channels: sizes come in steps of a tenth."""
+
+    def stepped(width, scheme):
+        return figures(math.ceil(10 * width) / 10, scheme)
+
+    records = found_by(dw.Goals(max_drop=0.001), of_kind=stepped)
+    short = [r for r in records if sum("train" in step for step in r["plan"]["steps"]) == 1]
+    seen = []
+    for record in short:
+        steps = [next(iter(step.items())) for step in record["plan"]["steps"]]
+        width, start = width_of(steps)
+        kind = [step for step, _ in steps], start, dict(steps).get("prune", {}).get("target"), math.ceil(10 * width)
+        seen.append((*kind, dict(steps).get("factorize", {}).get("energy"), dict(steps).get("prune", {}).get("scope")))
+    assert len(seen) == len({str(one) for one in seen})
+
+
+def test_times_are_measured_where_they_matter():
+    assert dw.Goals(max_drop=0.1).weighs_time
+    assert dw.Goals(max_size=1000, max_latency="1ms").weighs_time
+    assert dw.Goals(max_drop=0.1, minimize="latency").weighs_time
+    assert not dw.Goals(max_drop=0.1, minimize="size").weighs_time
+    assert not dw.Goals(max_size=1000).weighs_time

@@ -117,6 +117,12 @@ class Goals:
         """Whether packed sizes matter, which take time to find."""
         return self.max_packed is not None or self.minimized == "packed"
 
+    @property
+    def weighs_time(self) -> bool:
+        """Whether times of files matter: in a limit, or in what is to be small."""
+        unsaid = self.minimize is None and self.minimized == "size"
+        return self.max_latency is not None or self.minimized == "latency" or unsaid
+
     def compacts(self, baseline: Mapping[str, Any]) -> bool:
         """Whether files are written without names and metadata: where bytes are asked for, and kilobytes count."""
         if self.max_size is not None:
@@ -174,7 +180,7 @@ class Goals:
         if kind == "latency":
             return float(trial["latency_ms"][self.latency])
         slower = 1.0
-        if self.minimize is None:
+        if self.minimize is None and kind == "size":
             own = {"p50": trial.get("baseline_p50_ms"), "p90": trial.get("baseline_p90_ms")}[self.latency]
             times = trial["latency_ms"][self.latency] / (own or baseline["latency_ms"][self.latency])
             slower = times if times > SLOWER else 1.0

@@ -7,7 +7,7 @@ what it proposed before.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -38,6 +38,8 @@ MANY_DENSE = 0.3
 OPTIMISM = 0.8
 # Share of the time of the fastest file so far below which another one is a faster one.
 FASTER = 0.9
+# Difference of widths, as a share, below which they are the same.
+NEAR = 0.03
 
 
 @dataclass(kw_only=True)
@@ -195,11 +197,29 @@ class Proposer:
         if not found:  # nothing is small enough: a ladder shows what there is instead
             found = [replace(families[0], width=width) for width in (0.5, 0.25, 0.12, 0.06, NARROWEST)]
         found = list(dict.fromkeys(found))
-        return [recipe for recipe, figures in zip(found, self._screened(found), strict=True) if figures is not None]
+        different: list[Recipe] = []
+        for recipe, figures in zip(found, self._screened(found), strict=True):
+            if figures is not None and not self._repeats(recipe, different):
+                different.append(recipe)
+        return different
 
     def _screened(self, recipes: Sequence[Recipe]) -> Sequence[Record | None]:
         """Return the figures of untrained files; zeros and shared values do not change them."""
         return self._screen([replace(recipe, sparsity=0.0, clusters=0) for recipe in recipes])
+
+    def _repeats(self, recipe: Recipe, others: Iterable[Recipe]) -> bool:
+        """Whether a recipe is as good as one of others: widths are near, or channels came out as many.
+
+        Layers have whole channels, some of them in fours, so that widths that differ may be the same network.
+        """
+        for other in others:
+            if _kind(recipe) == _kind(other):
+                if abs(recipe.width / other.width - 1) < NEAR:
+                    return True
+                one, two = self._screened([recipe, other])
+                if one is not None and two is not None and one["size_bytes"] == two["size_bytes"]:
+                    return True
+        return False
 
     def _widest(self, families: Sequence[Recipe]) -> list[float | None]:
         """Return of each family the largest width that the goals allow; None: no width. All are narrowed down at once.
@@ -233,8 +253,8 @@ class Proposer:
             for candidate in self._candidates if candidate.alive
             for short, longer in zip(candidate.records, candidate.records[1:], strict=False)
         ]  # fmt: skip
-        losses = [self._loss(c.last) for c in self._candidates if c.alive]
-        prior = max(1e-9, float(np.mean(np.abs(losses)))) if losses else 1.0
+        # What is taken for granted weighs as much as one candidate that was trained longer.
+        prior = max(1e-9, float(np.mean([pair[0] for pair in pairs]))) if pairs else 1.0
         before, after = sum(pair[0] for pair in pairs), sum(pair[1] for pair in pairs)
         return min(1.2, (REPAIRED * prior + after) / (prior + before))
 
@@ -286,20 +306,19 @@ class Proposer:
 
     def _new(self, study: _Study) -> list[Candidate]:
         """Return new candidates: those that losses so far point to, and what the optimizer asks for."""
-        tried = {candidate.recipe for candidate in self._candidates}
+        tried = [candidate.recipe for candidate in self._candidates]
         best, found = self._standing(), []
         any_fits = any(top is not None for top in self._tops.values())
 
         def take(recipe: Recipe) -> bool:
-            near = any(_kind(recipe) == _kind(one) and abs(recipe.width / one.width - 1) < 0.03 for one in tried)
             too_wide = recipe.width > (self._tops.get(_kind(recipe)) or WIDEST)
-            figures = None if near or too_wide else self._screened([recipe])[0]
+            figures = None if too_wide or self._repeats(recipe, tried) else self._screened([recipe])[0]
             if figures is None or (any_fits and not self._rest_met(figures, 0.05)):
                 return False
             hopeful = {**figures, "accuracy": self._baseline.get("accuracy")}
             if not _better(self._key(hopeful), best) and self._goals.minimized != "packed":
                 return False
-            tried.add(recipe)
+            tried.append(recipe)
             found.append(Candidate(recipe=recipe))
             return True
 

@@ -65,7 +65,7 @@ class Screen:
 
     @property
     def _times(self) -> bool:
-        return self.goals.max_latency is not None or self.goals.minimized == "latency"
+        return self.goals.weighs_time
 
     @property
     def _weighs_ram(self) -> bool:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import io
+import math
 import os
 import re
 import sys
 import tempfile
+import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -248,7 +251,38 @@ def _for_one(name: str, spec: Any, chosen: tuple[Any, ...] | None) -> list[int]:
 def _convert_folder(tf: Any, folder: str) -> bytes:
     converter = tf.lite.TFLiteConverter.from_saved_model(folder)
     converter.target_spec.supported_ops = [tf.lite.OpsSet.TFLITE_BUILTINS]
-    return bytes(converter.convert())
+    with _collected.seldom():
+        return bytes(converter.convert())
+
+
+class _Collected:
+    """Keeps the converter from looking through the whole process for garbage each time.
+
+    It collects at its end, which takes longer the more objects there are: a quarter of a small model's conversion, and
+    most of it where hundreds of models are held. Every `EVERY_S` seconds is enough.
+    """
+
+    EVERY_S = 10.0
+
+    def __init__(self) -> None:
+        self._last = -math.inf
+
+    @contextlib.contextmanager
+    def seldom(self) -> Iterator[None]:
+        """Leave out of a collection what is there already, if there was a whole one a moment ago."""
+        now = time.monotonic()
+        if now - self._last > self.EVERY_S or gc.get_freeze_count() > 0:  # what others have frozen stays so
+            self._last = now
+            yield
+            return
+        gc.freeze()
+        try:
+            yield
+        finally:
+            gc.unfreeze()
+
+
+_collected = _Collected()
 
 
 def _output_name(model: keras.Model, number: int, count: int) -> str:
