@@ -15,7 +15,9 @@ import dwindle as dw
 from dwindle.compressing.goals import Goals, Verdict, parse_drop, parse_latency
 from dwindle.compressing.plans import Plan, read_plan
 from dwindle.compressing.recipes import Recipe
+from dwindle.compressing.screening import has_slow_kernels
 from dwindle.compressing.steps import training_loss
+from dwindle.exporting import unchecked_file
 from dwindle.lifting.flatbuffer import read_graph
 from dwindle.units import parse_size
 
@@ -63,20 +65,21 @@ def test_judging_by_hand():
     assert goals.judge(before, after, higher_is_better=False)[0].met
 
 
-def test_a_slower_file_counts_as_larger_where_nobody_said_what_is_to_be_small():
+def test_slow_kernels_count_as_larger_where_nobody_said_what_is_to_be_small(trained, digits):
     before = {"size_bytes": 1000, "latency_ms": {"p50": 1.0, "p90": 2.0}, "accuracy": 0.9}
-
-    def cost(size, p50, p90, **goals):
-        file = {"size_bytes": size, "latency_ms": {"p50": p50, "p90": p90}, "accuracy": 0.9}
-        return dw.Goals(max_drop=0.1, **goals).cost(before, file, True)
-
-    assert cost(100, 0.5, 0.5) == 100
-    assert cost(100, 1.05, 1.0) == 100  # within chance
-    assert cost(100, 3.0, 0.5) == 300
-    assert cost(100, 3.0, 0.5, latency="p90") == 100
-    assert cost(100, 3.0, 3.0, minimize="size") == 100
-    file = {"size_bytes": 100, "latency_ms": {"p50": 3.0, "p90": 3.0}, "baseline_p50_ms": 1.5}
-    assert dw.Goals(max_drop=0.1).cost(before, file, True) == 200  # against the original in the same minute
+    slow = {**before, "size_bytes": 100, "slow_kernels": True}
+    assert Goals(max_drop=0.1).cost(before, slow, True) == 400
+    assert Goals(max_drop=0.1).cost(before, {**slow, "slow_kernels": False}, True) == 100
+    assert Goals(max_drop=0.1, minimize="size").cost(before, slow, True) == 100
+    assert Goals(max_drop=0.1, minimize="latency").cost(before, slow, True) == 1.0
+    (x, _), _ = digits
+    found = {
+        scheme: has_slow_kernels(unchecked_file(trained, scheme, x[:50]))
+        for scheme in ("float32", "int8", "int4", "int4-dynamic")
+    }
+    assert found == {"float32": False, "int8": False, "int4": True, "int4-dynamic": True}
+    dense = keras.Sequential([keras.Input((4,)), keras.layers.Dense(8), keras.layers.Dense(2)])
+    assert not has_slow_kernels(unchecked_file(dense, "int4", np.eye(4, dtype="float32")))
 
 
 def test_plans_round_trip_through_yaml(tmp_path):

@@ -277,11 +277,3 @@ def test_widths_that_are_the_same_network_are_tried_once():
         kind = [step for step, _ in steps], start, dict(steps).get("prune", {}).get("target"), math.ceil(10 * width)
         seen.append((*kind, dict(steps).get("factorize", {}).get("energy"), dict(steps).get("prune", {}).get("scope")))
     assert len(seen) == len({str(one) for one in seen})
-
-
-def test_times_are_measured_where_they_matter():
-    assert dw.Goals(max_drop=0.1).weighs_time
-    assert dw.Goals(max_size=1000, max_latency="1ms").weighs_time
-    assert dw.Goals(max_drop=0.1, minimize="latency").weighs_time
-    assert not dw.Goals(max_drop=0.1, minimize="size").weighs_time
-    assert not dw.Goals(max_size=1000).weighs_time

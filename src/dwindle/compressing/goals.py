@@ -16,8 +16,8 @@ LATENCIES = ("p50", "p90")
 _SURE = 2.3263478740408408
 # Bytes up to which names and metadata count: of a file that is asked for, and of an original that is to get small.
 SMALL_FILE, SMALL_MODEL = 100_000, 2_000_000
-# Times of the original from which on a file is a slower one; up to there it may be chance.
-SLOWER = 1.1
+# What a file counts for, times its size, whose convolutions have kernels that take four to five times as long.
+SLOW_KERNELS = 4
 # What can be made small among the files that meet the goals.
 COSTS = ("size", "packed", "latency", "ram", "drop")
 
@@ -56,8 +56,8 @@ class Goals:
         max_ram: Largest RAM while it runs: bytes or ``"64KB"``.
         latency: Which latency is meant: ``"p50"``, the median, or ``"p90"``.
         minimize: What is to be small among the files that meet all this: ``"size"``, ``"packed"``, ``"latency"``,
-            ``"ram"`` or ``"drop"``. None: the size, a file that is slower than the original counting as larger by as
-            much; the drop where no limit is set to it.
+            ``"ram"`` or ``"drop"``. None: the size, where convolutions of fewer than 8 bits, which LiteRT runs
+            slowly, count for four times as many bytes; the drop where no limit is set to it.
 
     Raises:
         ConfigError: For a value that can't be met by any file, or when nothing is asked for.
@@ -117,12 +117,6 @@ class Goals:
         """Whether packed sizes matter, which take time to find."""
         return self.max_packed is not None or self.minimized == "packed"
 
-    @property
-    def weighs_time(self) -> bool:
-        """Whether times of files matter: in a limit, or in what is to be small."""
-        unsaid = self.minimize is None and self.minimized == "size"
-        return self.max_latency is not None or self.minimized == "latency" or unsaid
-
     def compacts(self, baseline: Mapping[str, Any]) -> bool:
         """Whether files are written without names and metadata: where bytes are asked for, and kilobytes count."""
         if self.max_size is not None:
@@ -170,8 +164,9 @@ class Goals:
     def cost(self, baseline: Mapping[str, Any], trial: Mapping[str, Any], higher_is_better: bool) -> float:
         """Return what is to be small of a trial's measured figures: bytes, milliseconds, or points.
 
-        Where the user did not say what, a file that is slower than the original counts as larger by as much: some
-        schemes save a few bytes and take several times as long.
+        Where the user did not say what, files with slow kernels count as larger: people want small and fast ones, and
+        these save some bytes and take several times as long. Measured times are not weighed, since they vary, and the
+        same seed is to find the same file.
         """
         kind = self.minimized
         if kind == "drop":
@@ -179,12 +174,8 @@ class Goals:
             return float(trial["size_bytes"]) if loss is None else loss
         if kind == "latency":
             return float(trial["latency_ms"][self.latency])
-        slower = 1.0
-        if self.minimize is None and kind == "size":
-            own = {"p50": trial.get("baseline_p50_ms"), "p90": trial.get("baseline_p90_ms")}[self.latency]
-            times = trial["latency_ms"][self.latency] / (own or baseline["latency_ms"][self.latency])
-            slower = times if times > SLOWER else 1.0
-        return slower * float(trial[{"size": "size_bytes", "packed": "packed_bytes", "ram": "ram_bytes"}[kind]])
+        counted = SLOW_KERNELS if self.minimize is None and trial.get("slow_kernels") else 1
+        return counted * float(trial[{"size": "size_bytes", "packed": "packed_bytes", "ram": "ram_bytes"}[kind]])
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain data; `from_dict` makes an equal object."""

@@ -17,6 +17,7 @@ from dwindle.compressing.steps import run_steps
 from dwindle.compressing.store import Store
 from dwindle.compressing.trying import REASONS, Case
 from dwindle.exporting import unchecked_file
+from dwindle.lifting.flatbuffer import read_graph
 from dwindle.measuring import compare_latency
 from dwindle.measuring.memory import measure_memory
 
@@ -65,7 +66,7 @@ class Screen:
 
     @property
     def _times(self) -> bool:
-        return self.goals.weighs_time
+        return self.goals.max_latency is not None or self.goals.minimized == "latency"
 
     @property
     def _weighs_ram(self) -> bool:
@@ -84,7 +85,8 @@ class Screen:
                     continue
                 paths.append(Path(folder) / f"{number}.tflite")
                 paths[-1].write_bytes(content)
-                figures.append({"size_bytes": len(content), "packed_bytes": 0, "ram_bytes": 0})
+                figures.append({"size_bytes": len(content), "packed_bytes": 0, "ram_bytes": 0,
+                                "slow_kernels": has_slow_kernels(content)})  # fmt: skip
             made = [row for row in figures if row]
             times = self._timed(paths)
             for row, path, time in zip(made, paths, times, strict=True):
@@ -111,6 +113,14 @@ class Screen:
             }
             for one in after
         ]  # fmt: skip
+
+
+def has_slow_kernels(content: bytes) -> bool:
+    """Return whether a file has convolutions with weights of fewer than 8 bits; LiteRT has no fast kernels for them."""
+    return any(
+        "CONV" in operation.name and any(t is not None and t.is_quantized and t.bits < 8 for t in operation.inputs)
+        for operation in read_graph(content).operations
+    )
 
 
 def untrained_file(case: Case, request: tuple[Recipe, bool]) -> tuple[bytes | None, str]:

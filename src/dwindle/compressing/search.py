@@ -16,7 +16,7 @@ from dwindle.compressing.events import Event, Tell
 from dwindle.compressing.goals import Goals, Verdict
 from dwindle.compressing.plans import Plan, schemes_in
 from dwindle.compressing.proposing import Proposer
-from dwindle.compressing.screening import Screen
+from dwindle.compressing.screening import Screen, has_slow_kernels
 from dwindle.compressing.shifting import shifts
 from dwindle.compressing.store import Store
 from dwindle.compressing.trying import Case, blank, outcome
@@ -224,6 +224,7 @@ class Search:
         if record["status"] == "done":
             if number > 0 and "loss_error" not in record:
                 record["loss_error"] = self._loss_error(record)
+            record["slow_kernels"] = has_slow_kernels((self.store.folder / record["file"]).read_bytes())
             record["meets"] = self.meets(record)  # the goals may be others than in an earlier run
         if record["status"] != "skipped":
             self.store.write(number, record)
