@@ -212,3 +212,13 @@ def test_mixed_precision_models_export(tmp_path):
     pruned.fit(x, np.zeros((32, 4)), verbose=0)
     artefact = dw.export(pruned, tmp_path / "model.tflite", scheme="int8", data=x)
     assert artefact.verification.passed
+
+
+def test_a_model_whose_training_diverged_is_refused(tmp_path):
+    model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(3, name="head")])
+    kernel = np.ones((4, 3), "float32")
+    kernel[1, 2] = np.nan
+    model.layers[0].kernel.assign(kernel)
+    with pytest.raises(dw.ConversionError, match=r"`\S*head/kernel` of `\S+` has NaN.*smaller learning rate"):
+        dw.export(model, tmp_path / "m.tflite")
+    assert not (tmp_path / "m.tflite").exists()

@@ -320,3 +320,33 @@ def test_a_state_that_is_no_variable_is_refused():
     graph = Graph(tensors=(), operations=(kept,), inputs=(), outputs=(), input_names=(), output_names=())
     with pytest.raises(dw.UnsupportedModelError, match=r"keeps a state between runs \(SVDF\), which can't be made"):
         refuse_states(graph)
+
+
+@pytest.mark.parametrize(("function", "at_zero"), [
+    (keras.ops.log, -np.inf), (keras.ops.sqrt, 0.0),
+])  # fmt: skip
+def test_rounding_to_zero_leaves_gradients_finite(function, at_zero):
+    """What is added before the function rounds away where the grid is coarse: there its gradient has no value."""
+    x = keras.Input((4,))
+    hidden = keras.layers.Dense(4, use_bias=False, name="hidden")(x)
+    bounded = keras.ops.clip(function(keras.ops.relu(hidden) + 1e-6), -3.0, 3.0)
+    model = keras.Model(x, keras.layers.Dense(1)(bounded))
+    samples = np.random.default_rng(0).random((64, 4), dtype=np.float32)
+    model.get_layer("hidden").kernel.assign(5 * np.eye(4, dtype=np.float32) - 1)
+    twin = dw.quantize(model, "int8", data=samples)
+    probe = keras.Model(twin.inputs, [op.output for op in twin.operations if type(op).__name__ == "Where"])
+    assert any((np.asarray(value) == at_zero).any() for value in keras.tree.flatten(probe([samples])))
+    twin.compile(keras.optimizers.SGD(1e-3), "mse")
+    twin.fit(samples, np.ones((64, 1)), epochs=2, verbose=0)
+    assert all(np.isfinite(np.asarray(value)).all() for value in twin.get_weights())
+
+
+def test_a_reciprocal_root_has_no_gradient_at_zero():
+    from dwindle.lifting.operators.arithmetic import _ELEMENTWISE
+
+    x = tf.constant([0.0, 4.0])
+    with tf.GradientTape() as tape:
+        tape.watch(x)
+        found = _ELEMENTWISE["RSQRT"](x)
+    np.testing.assert_array_equal(found, [np.inf, 0.5])
+    np.testing.assert_allclose(tape.gradient(found, x), [0.0, -0.5 * 4.0**-1.5])

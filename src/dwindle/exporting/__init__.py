@@ -282,6 +282,7 @@ def _litert_file(
     trained = getattr(model, "quantization", None)
     chosen = _chosen_scheme(scheme, trained)
     _check_io_type(io_type, chosen)
+    _refuse_nan(model)
     model, notes = _in_float32(model)
     model, fixed = with_lengths_in(data, model)
     notes += fixed
@@ -316,6 +317,20 @@ def _litert_file(
     verification = check(written, twin, inputs, bound, reference)
     require(verification, content, written, inputs)
     return _Made(content=written, scheme=chosen.name, inputs=inputs, verification=verification, notes=tuple(notes))
+
+
+def _refuse_nan(model: Any) -> None:
+    """Refuse a model whose training has diverged.
+
+    Raises:
+        ConversionError: Naming the first weight that has NaN.
+    """
+    for variable in getattr(model, "trainable_variables", ()):
+        if np.isnan(np.asarray(keras.ops.convert_to_numpy(variable), np.float32)).any():
+            raise ConversionError(
+                f"weight `{variable.path}` of `{model.name}` has NaN, so every output would: its training diverged; go "
+                "back to an earlier state, and train with a smaller learning rate or `clipnorm=1.0`"
+            )
 
 
 def unchecked_file(model: keras.Model, scheme: Any, data: Any = None, *, compact: bool = False) -> bytes:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import keras
@@ -133,14 +134,28 @@ def _prelu(context: Context, operation: Operation, inputs: list[Any]) -> Any:
     return layer(inputs[0])
 
 
-def _root(x: Any) -> Any:
-    """Return the square root, whose gradient is 0 instead of infinite at 0, where rounding puts many values."""
-    at_zero = keras.ops.equal(x, 0)
-    return keras.ops.where(at_zero, x, keras.ops.sqrt(keras.ops.where(at_zero, keras.ops.ones_like(x), x)))
+def _without_gradient_at_zero(function: Callable[[Any], Any], at_zero: float) -> Callable[[Any], Any]:
+    """Return a function whose gradient is 0 instead of infinite at 0, where rounding puts many values.
 
+    Args:
+        function: The function.
+        at_zero: Its value at 0.
+    """
+
+    def guarded(x: Any) -> Any:
+        zero = keras.ops.equal(x, 0)
+        elsewhere = function(keras.ops.where(zero, keras.ops.ones_like(x), x))
+        return keras.ops.where(zero, keras.ops.full_like(x, at_zero), elsewhere)
+
+    return guarded
+
+
+_root = _without_gradient_at_zero(keras.ops.sqrt, 0.0)
 
 _ELEMENTWISE = {
-    "ABS": keras.ops.abs, "EXP": keras.ops.exp, "LOG": keras.ops.log, "SQRT": _root, "RSQRT": keras.ops.rsqrt,
+    "ABS": keras.ops.abs, "EXP": keras.ops.exp, "LOG": _without_gradient_at_zero(keras.ops.log, -math.inf),
+    "SQRT": _root,
+    "RSQRT": _without_gradient_at_zero(keras.ops.rsqrt, math.inf),
     "NEG": keras.ops.negative, "SQUARE": keras.ops.square, "SIN": keras.ops.sin, "COS": keras.ops.cos,
     "FLOOR": keras.ops.floor, "CEIL": keras.ops.ceil, "SIGN": keras.ops.sign, "ROUND": keras.ops.round,
     "LOGICAL_NOT": keras.ops.logical_not,
