@@ -50,7 +50,7 @@ class Subject:
         lengths: Its input's shape, where the file leaves lengths open.
         samples: Samples for calibration and training.
         held: Samples that figures are measured on.
-        rate: Learning rate.
+        rate: Learning rate of Lamb, whose steps are a share of each weight's size.
     """
 
     file: str
@@ -59,7 +59,7 @@ class Subject:
     lengths: tuple[int | None, ...] | None = None
     samples: int = 96
     held: int = 64
-    rate: float = 1e-5
+    rate: float = 1e-4
     batch: int = 16
 
 
@@ -68,7 +68,6 @@ _OCR = "rapidocr_onnxruntime/models/"
 SUBJECTS = {
     "magika": Subject(
         file="magika/models/standard_v3_3/model.onnx", inputs=file_bytes, answers=("class",), samples=512, held=512,
-        rate=1e-4,
     ),
     "ocr-direction": Subject(
         file=_OCR + "ch_ppocr_mobile_v2.0_cls_infer.onnx", inputs=text_lines(48, 192, turned=True),
@@ -193,7 +192,7 @@ def one(name: str, folder: Path, epochs: int) -> dict[str, Any]:
         begun = time.perf_counter()
         twin = dw.quantize(model, "int8", data=x)
         coach = dw.distill(twin, model)
-        coach.compile(keras.optimizers.Adam(subject.rate))
+        coach.compile(keras.optimizers.Lamb(subject.rate))
         fitted = coach.fit(x[0], epochs=epochs, batch_size=subject.batch, verbose=0)
         row |= {"distil_s": time.perf_counter() - begun, "loss": [float(v) for v in fitted.history["loss"]]}
         written("distilled", coach.student)
