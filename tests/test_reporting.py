@@ -576,3 +576,15 @@ def test_from_how_many_files_the_chosen_one_was_picked_is_said(full):
     assert "These samples judge it only: others picked it, from 4 files." in read(full)[1]
     full["metric"]["judged_on"] = "train"
     assert "others picked it" not in read(full)[1]
+
+
+def test_a_smaller_file_that_was_passed_over_is_explained(full):
+    chosen = full["result"]["id"]
+    other = next(t["id"] for t in full["trials"] if t["id"] != chosen)
+    full["alternatives"] = {"smallest": other}
+    said = f"#{other} has convolutions of fewer than 8 bits, which run slowly"
+    assert said not in read(full)[1]
+    next(t for t in full["trials"] if t["id"] == other)["slow_kernels"] = True
+    assert said in read(full)[1]
+    full["alternatives"] = {"smallest": chosen}
+    assert said not in read(full)[1]

@@ -102,9 +102,18 @@ def render_html(report: Mapping[str, Any], *, live: str | None = None) -> str:
         latency=make_latency_plot(evidence), stages=stage_rows(report), plan=plan_text(report),
         missed=missed_goals(report), suggestions=suggestions(report), style=_asset("page.css"), scripts=scripts,
         policy=_policy(scripts, connects=live is not None), live=live, integers=_has_integers(report),
+        passed_over=_passed_over(report),
         packed=any(trial.get("packed_bytes") for trial in report.get("trials") or []),
     )  # fmt: skip
     return str(page)
+
+
+def _passed_over(report: Mapping[str, Any]) -> str | None:
+    """Return the trial with the smallest file that meets the goals, if another is chosen since its kernels are slow."""
+    smallest = (report.get("alternatives") or {}).get("smallest")
+    chosen = (report.get("result") or {}).get("id")
+    slow = {trial["id"] for trial in report.get("trials") or [] if trial.get("slow_kernels")}
+    return smallest if smallest in slow and smallest != chosen else None
 
 
 def environment(*, autoescape: bool) -> Any:
