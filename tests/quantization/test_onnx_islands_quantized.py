@@ -98,11 +98,13 @@ def test_it_learns_from_a_teacher_and_is_finalized(tmp_path):
     model = dw.load(fused())
     x = samples(model)
     twin = dw.quantize(model, "int4", x)
+    for variable in model.trainable_variables:  # a teacher that is far from its student
+        variable.assign(-0.5 * variable)
     coach = dw.distill(twin, model)
     coach.compile(keras.optimizers.Adam(1e-2))
     with pytest.warns(UserWarning, match="Gradients do not exist for variables"):
         losses = coach.fit(x[0], epochs=10, verbose=0).history["loss"]
-    assert losses[-1] < 0.9 * losses[0]
+    assert losses[-1] < 0.5 * losses[0]
     plain = dw.finalize(coach.student)
     assert [layer.operator for layer in islands_of(plain)] == ["com.microsoft::FusedMatMul"]
     expected = outputs(coach.student, x)[0]

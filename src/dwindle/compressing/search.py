@@ -131,7 +131,8 @@ class Search:
             return {}
         higher = higher_is_better(self.case.metric)
         keys = {
-            "smallest": lambda t: t["size_bytes"], "fastest": lambda t: t["latency_ms"][self.goals.latency],
+            "smallest": lambda t: (t["size_bytes"], self._rank(t)),
+            "fastest": lambda t: t["latency_ms"][self.goals.latency],
             "most accurate": lambda t: self.goals.loss(self.trials[0], t, higher) or 0.0,
         }  # fmt: skip
         return {name: str(min(meeting, key=key)["id"]) for name, key in keys.items()}

@@ -35,7 +35,8 @@ from dwindle.quantization.calibration import METHODS
 
 __all__ = ["Artefact", "Verification", "export", "float_file"]
 
-RANDOM_SAMPLES = 64
+# Random samples that a file is compared on where there is no data, and how many there are at least of large ones.
+RANDOM_SAMPLES, FEWEST_SAMPLES = 64, 12
 #: What a compact file's note begins with.
 COMPACTED = "names, signatures and metadata are left out of the file"
 #: Orders of axes of an ``.onnx``'s inputs and outputs: the model's own, and channels second.
@@ -290,7 +291,7 @@ def _litert_file(
     if not trained:
         notes += widened(read_graph(content), chosen)
     if data is None and not (chosen.needs_data and not trained):
-        samples = tuple(random_input(t.shape[1:], t.dtype, RANDOM_SAMPLES) for t in read_graph(content).inputs)
+        samples = _random_samples(read_graph(content))
     else:
         samples = calibration_samples(input_shapes(model, content), data, limit=max(verify_samples, 512))
     inputs = [np.asarray(array[:verify_samples]) for array in samples]
@@ -317,6 +318,15 @@ def _litert_file(
     verification = check(written, twin, inputs, bound, reference)
     require(verification, content, written, inputs)
     return _Made(content=written, scheme=chosen.name, inputs=inputs, verification=verification, notes=tuple(notes))
+
+
+def _random_samples(graph: Graph) -> tuple[np.ndarray, ...]:
+    """Return seeded samples, one array for each input; fewer of large ones, which take long."""
+    from dwindle.measuring.litert import samples_at_once
+
+    one = [random_input(tensor.shape[1:], tensor.dtype, 1) for tensor in graph.inputs]
+    count = max(FEWEST_SAMPLES, samples_at_once(one, RANDOM_SAMPLES))
+    return tuple(random_input(tensor.shape[1:], tensor.dtype, count) for tensor in graph.inputs)
 
 
 def _refuse_nan(model: Any) -> None:
