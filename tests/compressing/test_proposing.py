@@ -48,7 +48,7 @@ def width_of(steps):
     return shrink["width"], shrink["start"]
 
 
-def found_by(goals, schemes=("int8",), trials=60, seed=0, higher=True, landscape=loss, of_kind=None, quick_start=None):
+def found_by(goals, schemes=("int8",), trials=60, seed=0, higher=True, landscape=loss, of_kind=None):
     """Run the strategy to its end; return the records of all trials."""
     baseline = {**BASELINE, "plan": {"steps": [{"export": {"scheme": "float32"}}]}}
     proposer = Proposer(
@@ -65,8 +65,6 @@ def found_by(goals, schemes=("int8",), trials=60, seed=0, higher=True, landscape
             width, start = width_of(plan.steps)
             epochs = sum(o["epochs"] for step, o in plan.steps if step == "train" and o["learning_rate"] > 2e-4)
             record = blank(len(records), plan, status="done", reason=None) | figures(width, scheme)
-            if start == quick_start:
-                record["latency_ms"] = {name: 0.5 * value for name, value in record["latency_ms"].items()}
             record["packed_bytes"] = round(0.9 * record["size_bytes"])
             lost = landscape(width, epochs, start, scheme) if width < 1 else 0.0005
             record["accuracy"] = BASELINE["accuracy"] - lost if higher else BASELINE["accuracy"] + lost
@@ -229,28 +227,6 @@ def test_the_optimizer_takes_whatever_was_tried(goals, seed, monkeypatch):
 
     monkeypatch.setattr("dwindle.compressing.proposing.residual_blocks", lambda _: [type("B", (), {"pinned": False})])
     assert len(found_by(goals, ("int8", "int4"), seed=seed, of_kind=smaller_each_time)) > 10
-
-
-def test_where_nobody_says_what_is_to_be_small_the_fastest_file_is_looked_for_too():
-    """New weights are as many bytes and lose a little more, and run in half of the time: the smallest file has none."""
-
-    def seen(plan):
-        return "random" in [options.get("start") for _, options in plan]
-
-    def quicker(records):
-        return [r for r in records if seen([next(iter(step.items())) for step in r["plan"]["steps"]])]
-
-    def longest(records):
-        return max(sum(o.get("epochs", 0) for step in r["plan"]["steps"] for o in step.values()) for r in records)
-
-    def lossy(width, epochs, start, scheme):
-        return loss(width, epochs, "teacher", scheme) * (1.3 if start == "random" else 1.0)
-
-    def told(minimize):
-        return found_by(dw.Goals(max_drop=0.005, minimize=minimize), landscape=lossy, quick_start="random")
-
-    assert longest(quicker(told(None))) > EPOCHS
-    assert min(r["latency_ms"]["p50"] for r in told(None)) <= min(r["latency_ms"]["p50"] for r in told("size"))
 
 
 def test_training_at_full_size_is_left_out_where_quantization_alone_meets_the_goals():

@@ -36,8 +36,6 @@ PACKED_SPARSITY = 0.7
 MANY_DENSE = 0.3
 # A longer training may do better than expected: it is tried if this share of the expected loss would do.
 OPTIMISM = 0.8
-# Share of the time of the fastest file so far below which another one is a faster one.
-FASTER = 0.9
 # Difference of widths, as a share, below which they are the same.
 NEAR = 0.03
 
@@ -282,27 +280,13 @@ class Proposer:
         return min(keys)
 
     def _promoted(self) -> list[Candidate]:
-        """Return the candidates that are trained longer: the best by expectation, a safer one, and a faster one.
-
-        The faster one only where nobody said what is to be small: of files that meet the goals, people ask next for
-        the fastest.
-        """
+        """Return the candidates that are trained longer: the best by expectation, and a safer one."""
         best = self._standing()
         able = [c for c in self._candidates if c.alive and len(c.records) < LENGTHS]
         hopeful = [c for c in able if _better(self._expected(c, OPTIMISM), best)]
         found = sorted(hopeful, key=self._expected)[:1]
         rest = [c for c in hopeful if c not in found]
-        found += sorted(rest, key=lambda c: (self._loss(c.last), self._expected(c)))[:1]
-        if self._goals.minimize is None and self._goals.limits_drop:
-            found += [c for c in self._faster(able) if c not in found]
-        return found
-
-    def _faster(self, able: Sequence[Candidate]) -> list[Candidate]:
-        """Return the candidate that is expected to be the fastest file that meets the goals, if it is a better one."""
-        done = [r for r in (*self._others, *(r for c in self._candidates for r in c.records)) if r["status"] == "done"]
-        fastest = min((_milliseconds(r) for r in done if self._key(r)[0] == 0), default=math.inf)
-        quick = [c for c in able if _milliseconds(c.last) < FASTER * fastest and self._expected(c, OPTIMISM)[0] == 0]
-        return sorted(quick, key=lambda c: _milliseconds(c.last))[:1]
+        return [*found, *sorted(rest, key=lambda c: (self._loss(c.last), self._expected(c)))[:1]]
 
     def _new(self, study: _Study) -> list[Candidate]:
         """Return new candidates: those that losses so far point to, and what the optimizer asks for."""
@@ -486,10 +470,6 @@ def _dense_share(model: keras.Model) -> float:
 
 def _scheme(record: Record) -> str:
     return str(record["plan"]["steps"][-1]["export"]["scheme"])
-
-
-def _milliseconds(record: Record) -> float:
-    return float(record["latency_ms"]["p50"])
 
 
 def _better(one: tuple[float, float], other: tuple[float, float]) -> bool:

@@ -15,7 +15,7 @@ import numpy as np
 
 from dwindle.attaching import full_precision
 from dwindle.errors import ConfigError, ConversionError, VerificationError, check_choice
-from dwindle.exporting.convert import float_file, random_input
+from dwindle.exporting.convert import float_file, random_samples, refuse_nan
 from dwindle.exporting.verify import BOUNDS, Bound, Verification, compare, require
 from dwindle.files import check_output_file, check_output_folder, names_folder, sha256_of, size_of, write_bytes
 from dwindle.lifting.flatbuffer import Graph, Tensor, read_graph
@@ -35,8 +35,7 @@ from dwindle.quantization.calibration import METHODS
 
 __all__ = ["Artefact", "Verification", "export", "float_file"]
 
-# Random samples that a file is compared on where there is no data, and how many there are at least of large ones.
-RANDOM_SAMPLES, FEWEST_SAMPLES = 64, 12
+RANDOM_SAMPLES = 64
 #: What a compact file's note begins with.
 COMPACTED = "names, signatures and metadata are left out of the file"
 #: Orders of axes of an ``.onnx``'s inputs and outputs: the model's own, and channels second.
@@ -283,7 +282,7 @@ def _litert_file(
     trained = getattr(model, "quantization", None)
     chosen = _chosen_scheme(scheme, trained)
     _check_io_type(io_type, chosen)
-    _refuse_nan(model)
+    refuse_nan(model)
     model, notes = _in_float32(model)
     model, fixed = with_lengths_in(data, model)
     notes += fixed
@@ -291,7 +290,7 @@ def _litert_file(
     if not trained:
         notes += widened(read_graph(content), chosen)
     if data is None and not (chosen.needs_data and not trained):
-        samples = _random_samples(read_graph(content))
+        samples = random_samples(read_graph(content), RANDOM_SAMPLES)
     else:
         samples = calibration_samples(input_shapes(model, content), data, limit=max(verify_samples, 512))
     inputs = [np.asarray(array[:verify_samples]) for array in samples]
@@ -318,29 +317,6 @@ def _litert_file(
     verification = check(written, twin, inputs, bound, reference)
     require(verification, content, written, inputs)
     return _Made(content=written, scheme=chosen.name, inputs=inputs, verification=verification, notes=tuple(notes))
-
-
-def _random_samples(graph: Graph) -> tuple[np.ndarray, ...]:
-    """Return seeded samples, one array for each input; fewer of large ones, which take long."""
-    from dwindle.measuring.litert import samples_at_once
-
-    one = [random_input(tensor.shape[1:], tensor.dtype, 1) for tensor in graph.inputs]
-    count = max(FEWEST_SAMPLES, samples_at_once(one, RANDOM_SAMPLES))
-    return tuple(random_input(tensor.shape[1:], tensor.dtype, count) for tensor in graph.inputs)
-
-
-def _refuse_nan(model: Any) -> None:
-    """Refuse a model whose training has diverged.
-
-    Raises:
-        ConversionError: Naming the first weight that has NaN.
-    """
-    for variable in getattr(model, "trainable_variables", ()):
-        if np.isnan(np.asarray(keras.ops.convert_to_numpy(variable), np.float32)).any():
-            raise ConversionError(
-                f"weight `{variable.path}` of `{model.name}` has NaN, so every output would: its training diverged; go "
-                "back to an earlier state, and train with a smaller learning rate or `clipnorm=1.0`"
-            )
 
 
 def unchecked_file(model: keras.Model, scheme: Any, data: Any = None, *, compact: bool = False) -> bytes:

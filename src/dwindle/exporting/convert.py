@@ -20,9 +20,12 @@ import keras
 import numpy as np
 
 from dwindle.errors import ConfigError, ConversionError, UnsupportedModelError
-from dwindle.lifting.flatbuffer import counted, named_as_layers, ordered, read_graph, resizable
+from dwindle.lifting.flatbuffer import Graph, counted, named_as_layers, ordered, read_graph, resizable
 from dwindle.open_lengths import by_name, refuse_open_lengths, require_fit
 from dwindle.weights import is_graph
+
+# Random samples that are taken at least, of large ones.
+FEWEST_SAMPLES = 12
 
 
 def float_file(model: keras.Model) -> bytes:
@@ -369,3 +372,26 @@ def random_input(shape: tuple[int | None, ...], dtype: Any, count: int, seed: in
     if np.issubdtype(dtype, np.floating):
         return generator.random(full).astype(dtype)
     return generator.integers(0, 2, full).astype(dtype)
+
+
+def random_samples(graph: Graph, most: int) -> tuple[np.ndarray, ...]:
+    """Return seeded samples, one array for each input; fewer of large ones, which take long."""
+    from dwindle.measuring.litert import samples_at_once
+
+    one = [random_input(tensor.shape[1:], tensor.dtype, 1) for tensor in graph.inputs]
+    count = max(FEWEST_SAMPLES, samples_at_once(one, most))
+    return tuple(random_input(tensor.shape[1:], tensor.dtype, count) for tensor in graph.inputs)
+
+
+def refuse_nan(model: Any) -> None:
+    """Refuse a model whose training has diverged.
+
+    Raises:
+        ConversionError: Naming the first weight that has NaN.
+    """
+    for variable in getattr(model, "trainable_variables", ()):
+        if np.isnan(np.asarray(keras.ops.convert_to_numpy(variable), np.float32)).any():
+            raise ConversionError(
+                f"weight `{variable.path}` of `{model.name}` has NaN, so every output would: its training diverged; go "
+                "back to an earlier state, and train with a smaller learning rate or `clipnorm=1.0`"
+            )
